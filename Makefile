@@ -1,0 +1,64 @@
+# The commands a person types. `make` alone lists them; docs/ has a page for each subject.
+
+VENV  ?= .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# The first of these that is a supported Python; PYTHON=... names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+# torch's own range, for an install from TORCH_INDEX (another build of the same releases).
+TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
+
+# An index named by hand is installed from again when it is not the one that the environment came from.
+ifdef TORCH_INDEX
+ifneq ($(TORCH_INDEX),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench-char bench-train figures clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install everything (TORCH_INDEX=URL for another torch build)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Heed needs Python 3.11, 3.12 or 3.13, and none is on the PATH: install one, or name it with PYTHON=/path/to/python3."; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >$(VENV).log 2>&1 || { rm -rf $(VENV); \
+		echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian: apt install python3-venv). It said: $$(tail -n 1 $(VENV).log)"; exit 2; }
+	@rm -f $(VENV).log
+ifdef TORCH_INDEX
+	$(PY) -m pip install --index-url "$(TORCH_INDEX)" --force-reinstall --no-deps "$(TORCH)"
+endif
+	$(PY) -m pip install -e '.[dev]'
+	@echo "$(TORCH_INDEX)" >$@
+
+demo: $(STAMP) ## train a small language model on Shakespeare, serve it, talk to it (ONCE=1 ends there, TEXT=FILE uses your text)
+	@$(PY) scripts/demo.py $(if $(ONCE),--once) $(if $(TEXT),--text "$(TEXT)")
+
+test: $(STAMP) ## run all tests
+	$(PY) -m pytest
+
+lint: $(STAMP) ## ruff and the type checker
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## let ruff put the source in form
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-char: $(STAMP) ## loss on Tiny Shakespeare by characters, beside nanoGPT's recipe
+	$(PY) -m bench.char
+
+bench-train: $(STAMP) ## training speed beside transformers.Trainer
+	$(PY) -m bench.train
+
+figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
+	$(PY) scripts/figures.py
+
+clean: ## remove what was built and cached (runs/ and .venv stay)
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
