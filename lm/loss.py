@@ -1,0 +1,82 @@
+"""The output head and its cross-entropy in one, a slice of rows at a time.
+
+The logits of a batch are its largest tensor by far (rows x vocabulary); made in slices, and turned into their own gradient in
+place, they never exist as a whole, neither in the forward pass nor in the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm.linear import linear
+
+IGNORE = -100  # a target that is not asked for
+SLICE = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits in a slice: what a CPU's cache holds; what a GPU needs to be busy
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """Summed cross-entropy in nats, an fp32 scalar, of softmax(cap(hidden weight^T)) at the targets.
+
+    hidden [..., width], weight [vocab, width], targets int64 [...] with IGNORE where nothing is asked.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if needs_gradient:
+        return _HeadLoss.apply(hidden, weight, targets, softcap)
+    return _head_loss(hidden, weight, targets, softcap, None, None)
+
+
+def _head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dhidden: Tensor | None, dweight: Tensor | None
+) -> Tensor:
+    """The loss; and, where dhidden [rows, width] and dweight [vocab, width] are given, they are filled with its gradients."""
+    rows = max(64, SLICE.get(hidden.device.type, 1 << 24) // weight.shape[0])
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    weight = weight.to(hidden.dtype)
+    for start in range(0, hidden.shape[0], rows):
+        h, target = hidden[start : start + rows], targets[start : start + rows]
+        asked = target != IGNORE
+        index = target.clamp(min=0).unsqueeze(1)
+        logits = linear(h, weight).float()
+        slope = None
+        if softcap is not None:
+            logits.div_(softcap).tanh_()
+            slope = 1 - logits.square() if dhidden is not None else None
+            logits.mul_(softcap)
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+        picked = logits.gather(1, index).squeeze(1)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        loss += (total.squeeze(1).log() - picked).masked_fill_(~asked, 0).sum()
+        if dhidden is None or dweight is None:
+            continue
+        gradient = logits.div_(total)  # softmax, then minus one at the target
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+        gradient.mul_(asked.unsqueeze(1))
+        if slope is not None:
+            gradient.mul_(slope)
+        gradient = gradient.to(h.dtype)
+        dhidden[start : start + rows] = linear(gradient, weight.t())
+        if dweight.dtype == h.dtype:
+            dweight.addmm_(gradient.t(), h)
+        else:
+            dweight.add_(gradient.t() @ h)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss = _head_loss(hidden, weight, targets, softcap, dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * gradient.to(dhidden.dtype), dweight * gradient.to(dweight.dtype), None, None

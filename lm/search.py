@@ -1,0 +1,78 @@
+"""Decoding, over `start` and `step` alone: it works for whatever model has them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm.sampling import Row, SamplingParams, Uniforms, adjust, sample
+
+
+@torch.inference_mode()
+def stream(
+    model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: Collection[int] = ()
+) -> Iterator[list[tuple[int, int]]]:
+    """Continue prompts of token ids together; yield, step by step, the (row, token) pairs that the step produced.
+
+    A row ends with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or when the
+    model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for an empty prompt
+    or one that leaves no room.
+    """
+    context, device = model.config.context, next(model.parameters()).device
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} is empty; it must hold at least one token.")
+        if len(prompt) >= context:
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens; the model's context of {context} leaves no room to continue it.")
+    src, mask = pad(prompts, device)
+    state = model.start(src, mask)
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else stop_ids)}
+    live = list(range(len(prompts)))
+    rows = [Row(params, prompt, []) for prompt in prompts]
+    uniforms = [Uniforms(None if params.seed is None else params.seed + r) for r in live]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for row, output in zip(rows, outputs, strict=True):
+        row.output = output
+    tokens = state.first
+    while live:
+        logits, state = model.step(tokens.unsqueeze(1), state)
+        logits = adjust(logits[:, -1].float(), [rows[r] for r in live], stop_ids)
+        tokens = sample(logits, [params] * len(live), [uniforms[r][len(outputs[r])] for r in live])
+        produced = list(zip(live, tokens.tolist(), strict=True))
+        going = []
+        for position, (row, token) in enumerate(produced):
+            outputs[row].append(token)
+            length = len(outputs[row])
+            full = len(prompts[row]) + length >= context
+            if token not in ends and not full and (params.max_tokens is None or length < params.max_tokens):
+                going.append(position)
+        yield produced
+        if len(going) < len(live):
+            index = torch.tensor(going, dtype=torch.int64, device=device)
+            state, tokens = state.select(index), tokens[index]
+            live = [live[position] for position in going]
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: Collection[int] = ()
+) -> list[list[int]]:
+    """The token ids that `stream` yields, a list for each prompt."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for produced in stream(model, prompts, params, stop_ids):
+        for row, token in produced:
+            outputs[row].append(token)
+    return outputs
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Sequences of ids as one tensor: int64 [B, longest], padded with 0 at the end, and the mask of what is real."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        mask[row, : len(sequence)] = True
+    return ids.to(device), mask.to(device)
