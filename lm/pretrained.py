@@ -332,7 +332,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None, devic
         dtype = DTYPES[name]
     with torch.device("meta"):
         model = DecoderLM(config)
-    weights = {key: t.to(device, dtype) for key, t in family.unpack(_read_weights(path)).items()}
+    weights = {key: t.to(device, dtype).contiguous() for key, t in family.unpack(_read_weights(path)).items()}
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     expected = model.state_dict()
