@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-level BPE and characters, trained here or loaded from any Hugging Face folder.
 
-`tokenizers` does the work. What is ours is the recipe of each kind, a folder that `transformers.AutoTokenizer`, vLLM and
-others read to equal ids, and the count of UTF-8 bytes each id stands for, which bits per byte needs.
+`tokenizers` does the work. What is ours is the recipe of each kind, a folder that `transformers.AutoTokenizer`, vLLM
+and others read to equal ids, and the count of UTF-8 bytes each id stands for, which bits per byte needs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """Text to ids and back.
 
-    `inner` is the `tokenizers.Tokenizer`; `settings` is what tokenizer_config.json holds. `eos_id`, `bos_id` and `pad_id`
-    are None where the tokenizer has no such token.
+    `inner` is the `tokenizers.Tokenizer`; `settings` is what tokenizer_config.json holds. `eos_id`, `bos_id` and
+    `pad_id` are None where the tokenizer has no such token.
     """
 
     def __init__(
@@ -44,11 +44,8 @@ class Tokenizer:
         self.inner = inner
         # PreTrainedTokenizerFast by name: without it transformers picks a class by the model's type, which has its own
         # ideas about spaces and unknown characters. The clean-up would drop spaces before punctuation in decoded text.
-        self.settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000_000,
-        } | (settings or {})
+        ours = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        self.settings: dict[str, Any] = ours | (settings or {})
         self.eos_id, self.bos_id, self.pad_id = eos_id, bos_id, pad_id
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -67,9 +64,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokenizer's canonical JSON: equal for tokenizers that give equal ids for every text."""
-        canonical = json.dumps(
-            json.loads(self.inner.to_str()), sort_keys=True, ensure_ascii=True, separators=(",", ":")
-        )
+        canonical = json.dumps(json.loads(self.inner.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def token_bytes(self) -> np.ndarray:
@@ -147,10 +142,11 @@ class Tokenizer:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, eos: str | None = END_OF_TEXT, progress: bool = False
 ) -> Tokenizer:
-    """Learn a byte-level BPE of at most `vocab_size` entries, EOS included (Sennrich et al. 2016; over bytes as GPT-2).
+    """Learn a byte-level BPE of at most `vocab_size` entries, EOS included (arXiv 1508.07909, over bytes as in GPT-2).
 
-    Every text round-trips exactly, whatever its characters: 256 entries are the bytes. A text too small for `vocab_size`
-    gives fewer entries. `texts` is iterated once. Raises ValueError where `vocab_size` does not hold the bytes and EOS.
+    Every text round-trips exactly, whatever its characters: 256 entries are the bytes. A text too small for
+    `vocab_size` gives fewer entries. `texts` is iterated once. Raises ValueError where `vocab_size` does not hold the
+    bytes and EOS.
     """
     special = [] if eos is None else [eos]
     if vocab_size < 256 + len(special):
@@ -171,8 +167,9 @@ def train_bpe(
 def train_characters(texts: Iterable[str], *, eos: str | None = None) -> Tokenizer:
     """A vocabulary of the characters (code points) in `texts`, sorted, after one entry for the unknown.
 
-    len(ids) == len(text) for every text, here and through AutoTokenizer: an unknown character is one UNKNOWN, and UNKNOWN
-    is an entry that no text can spell. `eos`, if any, must be one character (END_OF_TEXT_CHARACTER) for the same reason.
+    len(ids) == len(text) for every text, here and through AutoTokenizer: an unknown character is one UNKNOWN, which is
+    an entry of the vocabulary that no text can spell. `eos`, if any, must be one character (END_OF_TEXT_CHARACTER) for
+    the same reason; ValueError otherwise.
     """
     if eos is not None and len(eos) != 1:
         raise ValueError(f"eos is {eos!r}; it must be one character, or ids and characters would differ in number.")
