@@ -1,0 +1,1 @@
+"""Training: from text to a model folder, with Accelerate. `python -m train CONFIG [key=value ...]`."""

@@ -1,0 +1,90 @@
+"""`metrics.jsonl`: what a run measured, one JSON object a line. It is the truth; wandb and the loss curve mirror it.
+
+A resumed run repeats the steps after its checkpoint. Their old rows would stand twice, so opening the file for a run
+that goes on from step k first rewinds it: rows up to k stay, later ones move to `metrics.replayed.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+FILE = "metrics.jsonl"
+REPLAYED = "metrics.replayed.jsonl"
+
+Value = float | int | str | bool | None
+
+
+class Metrics:
+    """Appends rows to `RUN/metrics.jsonl`; each row is on disk (flushed) when `log` returns.
+
+    Keys of a training row: `step` (updates done), `tokens` (trained on so far), `loss` (nats a token), `lr`,
+    `grad_norm`, `tokens_per_second`, `mfu` (share of the peak, or null), `memory_gib`, `data_wait` (share of the time),
+    `seconds` (since the run began); an evaluation adds `validation_loss` and `validation_bits_per_byte`.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
+        """Opens the file, rewound to rows with `step <= resume_step` (0: a new run, nothing stays)."""
+        self.path = Path(run_dir) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _rewind(self.path, resume_step)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+
+    def log(self, row: Mapping[str, object]) -> None:
+        """Appends one row. `step` must be in it; numbers that JSON cannot say (NaN, infinity) are written as null."""
+        if "step" not in row:
+            raise ValueError(f"a metrics row needs its step; got the keys {sorted(row)}")
+        self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; the rows are on disk already."""
+        self._file.close()
+
+
+def read(path: str | Path) -> list[dict]:
+    """Every complete row of a metrics file, in order; a line cut off by a crash is left out. A missing file has none."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Leaves rows with `row["step"] <= step`, moves the rest aside; the file is replaced whole, never cut in place."""
+    if not path.exists():
+        return
+    rows = read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    replayed = [row for row in rows if row["step"] > step]
+    if replayed:
+        with path.with_name(REPLAYED).open("a", encoding="utf-8") as aside:
+            aside.writelines(json.dumps(row) + "\n" for row in replayed)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _plain(value: object) -> Value:
+    """A value as JSON can hold it: tensors and numpy scalars become Python numbers, NaN and infinity become null."""
+    item = getattr(value, "item", None)
+    if callable(item):
+        value = item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"a metrics row holds numbers and strings, not {type(value).__name__}: {value!r}")
