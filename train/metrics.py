@@ -47,7 +47,7 @@ class Metrics:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Every complete row of a metrics file, in order; a line cut off by a crash is left out. A missing file has none."""
+    """Every complete row of a metrics file, in order, without a line that a crash cut off. A missing file has none."""
     path = Path(path)
     if not path.exists():
         return []

@@ -64,7 +64,7 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> bool:
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Centred running mean over about `share` of the points; the window narrows at both ends, so the curve never lags."""
+    """Centred running mean over about `share` of the points; the window narrows at both ends, so it never lags."""
     half = int(share * len(values) / 2)
     sums = list(accumulate(values, initial=0.0))
     out = []

@@ -25,7 +25,7 @@ PERFORMANCE = frozenset({"tokens_per_second", "mfu", "memory_gib", "data_wait", 
 
 
 def grouped(key: str) -> str:
-    """The wandb name of a metrics.jsonl key: `train/loss`, `eval/loss` for `validation_loss`, `perf/mfu`; `step` is itself."""
+    """The wandb name of a metrics.jsonl key: `train/loss`, `eval/loss` for `validation_loss`, `perf/mfu`; or `step`."""
     if key == "step":
         return key
     if key.startswith("validation_"):
@@ -84,7 +84,7 @@ class Tracker:
         self._safely(lambda run: run.log({grouped(key): value for key, value in row.items() if value is not None}))
 
     def samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
-        """Texts that the model wrote at `step`, as (prompt, completion); the table grows, so the last one has them all."""
+        """What the model wrote at `step`, as (prompt, completion). The table grows: the last one has them all."""
         self._samples += [(step, prompt, completion) for prompt, completion in samples]
 
         def send(run: Any) -> None:

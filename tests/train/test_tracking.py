@@ -49,8 +49,8 @@ def run(
 def records(folder: Path) -> list:
     """The protobuf records of every offline part of a run, oldest first: wandb's own file, read as its format says.
 
-    The file is LevelDB's log: after 7 bytes of header, blocks of 32 KiB with chunks of checksum (4), length (2), type (1)
-    and data; a record is one full chunk (1) or a first (2), middle (3) and last (4) one.
+    The file is LevelDB's log: after 7 bytes of header, blocks of 32 KiB with chunks of checksum (4), length (2),
+    type (1) and data; a record is one full chunk (1) or a first (2), middle (3) and last (4) one.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
