@@ -1,0 +1,1 @@
+"""HTTP: protocol, validation, routes, errors, metrics. Asyncio alone; neither torch nor transformers is ever imported."""

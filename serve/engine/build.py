@@ -1,0 +1,186 @@
+"""From a model folder and the flags to an engine that has produced a token: dtype, threads, the size of the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lm import pretrained
+from lm.config import DecoderConfig
+from lm.params import SamplingParams
+from lm.tokenizer import Tokenizer
+from serve.engine.engine import Engine
+from serve.engine.messages import Add, EngineConfig, Ready
+from serve.engine.pages import Pages
+
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+FREE_SHARE = (
+    0.4  # of the memory that is free when the weights are loaded, the most that the cache takes unless told otherwise
+)
+
+
+class SetupError(ValueError):
+    """The engine cannot be as asked: one sentence that says what would do."""
+
+
+def build(config: EngineConfig) -> tuple[Engine, Ready]:
+    """Loads the folder, sizes the cache, computes a first token. Raises SetupError, or lm's FolderError and TokenizerError."""
+    begin = time.perf_counter()
+    threads = use_cores()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, note = choose_dtype(config.dtype, config.folder, device)
+    try:
+        model = pretrained.load(config.folder, dtype, device)
+        tokenizer = Tokenizer.load(config.folder)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
+    loaded = time.perf_counter()
+    max_model_len, blocks, cache_note = size_cache(model.config, config, dtype, device)
+    eos = eos_token_ids(config.folder, tokenizer, model.config.vocab_size)
+    engine = Engine(
+        model,
+        tokenizer,
+        eos=eos,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        blocks=blocks,
+        block_size=config.block_size,
+        seed=config.seed,
+    )
+    sized = time.perf_counter()
+    first_token(engine)
+    per_block = Pages.bytes_per_block(
+        layers=model.config.layers, kv_heads=model.config.kv, dim=model.config.dim, size=config.block_size, dtype=dtype
+    )
+    return engine, Ready(
+        vocab_size=model.config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=eos,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        parameters=sum(p.numel() for p in model.parameters()),
+        blocks=blocks,
+        block_size=config.block_size,
+        cache_bytes=blocks * per_block,
+        threads=threads,
+        seconds={"load": loaded - begin, "cache": sized - loaded, "first_token": time.perf_counter() - sized},
+        note=" ".join(sentence for sentence in (note, cache_note) if sentence) or None,
+    )
+
+
+def use_cores() -> int:
+    """Gives torch every core that this process may use, unless OMP_NUM_THREADS says how many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores
+    torch.set_num_threads(threads)
+    return threads
+
+
+def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str | None]:
+    """`auto` is the folder's own dtype, except half precision on a CPU without instructions for it: there float32 is faster."""
+    if name != "auto":
+        return DTYPES[name], None
+    raw = _read_json(Path(folder) / "config.json")
+    own = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
+    if device == "cpu" and own is not torch.float32 and not _has_bf16_instructions():
+        return (
+            torch.float32,
+            f"This CPU has no instructions for {str(own).removeprefix('torch.')}: the weights were widened to float32.",
+        )
+    if device == "cpu" and own is torch.float16:
+        return torch.bfloat16, "On a CPU float16 is slow: the weights were taken as bfloat16."
+    return own, None
+
+
+def _has_bf16_instructions() -> bool:
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known and known()) or "arm" in os.uname().machine or "aarch64" in os.uname().machine
+
+
+def size_cache(
+    shape: DecoderConfig, config: EngineConfig, dtype: torch.dtype, device: str
+) -> tuple[int, int, str | None]:
+    """(max_model_len, blocks, a sentence or None): the cache that was asked for, or what the free memory allows.
+
+    A single sequence of max_model_len tokens always fits. Where it does not, a length that was asked for is refused with what
+    would do, and one that was not is shortened.
+    """
+    longest = config.max_model_len or shape.context
+    if longest > shape.context:
+        raise SetupError(f"--max-model-len is {longest}; the model was made for {shape.context} tokens at most.")
+    size = config.block_size
+    per_block = Pages.bytes_per_block(layers=shape.layers, kv_heads=shape.kv, dim=shape.dim, size=size, dtype=dtype)
+    alone = -(-longest // size)
+    if config.kv_cache_memory_bytes is not None:
+        available, source = config.kv_cache_memory_bytes, f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}"
+    else:
+        available, source = int(FREE_SHARE * free_bytes(device)), "the memory that is free"
+    fits = available // per_block - 1  # one block is the null block
+    blocks = min(fits, alone * config.max_num_seqs)
+    if blocks >= alone:
+        return longest, blocks + 1, None
+    if config.max_model_len is not None or blocks < 1:
+        needed = (alone + 1) * per_block
+        shorter = f", or --max-model-len {fits * size}" if fits >= 1 else ""
+        raise SetupError(
+            f"A sequence of {longest} tokens needs a cache of {needed} bytes and {source} allows {available}: "
+            f"pass --kv-cache-memory-bytes {needed}{shorter}."
+        )
+    note = f"max_model_len is {blocks * size} and not the model's {longest}: {source} holds no more (--kv-cache-memory-bytes)."
+    return blocks * size, blocks + 1, note
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be taken, in bytes: the device's, or the machine's within the limit of its control group."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
+
+
+def eos_token_ids(folder: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The tokenizer's EOS first, then others that generation_config.json names. Empty where the model has none."""
+    named: list[Any] = [tokenizer.eos_id]
+    for file in ("generation_config.json", "config.json"):
+        value = _read_json(Path(folder) / file).get("eos_token_id")
+        named += value if isinstance(value, list) else [value]
+    ids = [id for id in named if isinstance(id, int) and 0 <= id < vocab_size]
+    return list(dict.fromkeys(ids))
+
+
+def first_token(engine: Engine) -> None:
+    """Computes one token for real, so that what follows finds everything loaded; leaves no trace."""
+    id = "first-token"
+    if engine.max_model_len < 2:
+        raise SetupError(f"max_model_len is {engine.max_model_len}; a prompt and an answer need 2 tokens at least.")
+    engine.add(Add(id, [0], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), time.monotonic()))
+    output = engine.step().outputs[0]
+    if output.error:
+        raise SetupError(f"The model could not produce a first token: {output.error}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

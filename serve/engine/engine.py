@@ -1,0 +1,264 @@
+"""The loop: add, abort, step. Synchronous, no HTTP, no processes: `process` and `llm` put those around it.
+
+One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops. A request that fails ends
+with finish_reason "error" and a sentence, and frees what it held; the others do not notice.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lm.decoder import DecoderLM
+from lm.tokenizer import Tokenizer
+from serve.engine import sampler
+from serve.engine.blocks import BlockManager
+from serve.engine.detokenizer import Detokenizer, Match, StopStrings
+from serve.engine.messages import Add, Output, Stats, Step, Timings, TokenLogprobs
+from serve.engine.pages import Pages
+from serve.engine.requests import Request, Status
+from serve.engine.runner import Forward, PagedRunner
+from serve.engine.scheduler import Scheduler, Share
+
+NOT_A_NUMBER = "The model's output for this request is not a number; its weights or this prompt make it overflow."
+
+
+class Engine:
+    """Continues token sequences with one decoder.
+
+    `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together; `blocks` counts the null block too.
+    """
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        tokenizer: Tokenizer,
+        *,
+        eos: Sequence[int] = (),
+        max_model_len: int | None = None,
+        max_num_seqs: int = 128,
+        max_num_batched_tokens: int = 2048,
+        blocks: int = 1024,
+        block_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        config = model.config
+        weight = next(model.parameters())
+        self.tokenizer = tokenizer
+        self.eos = tuple(eos)
+        self.max_model_len = max_model_len or config.context
+        self.blocks = BlockManager(blocks, block_size)
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        self.pages = Pages(
+            layers=config.layers,
+            kv_heads=config.kv,
+            dim=config.dim,
+            blocks=blocks,
+            size=block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self.runner = PagedRunner(model, self.pages)
+        self._requests: dict[str, Request] = {}
+        self._ended: list[Output] = []  # between steps: refused on arrival
+        self._seeds = random.Random(seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._ended)
+
+    def add(self, message: Add) -> None:
+        """Queues a sequence. What cannot be ends at once, with an error in the next step's outputs; it never raises."""
+        params = message.params
+        request = Request(
+            id=message.id, prompt=message.prompt, params=params, generate=message.generate, arrival=message.arrival
+        )
+        try:
+            self._check(request)
+            seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+            request.draw = sampler.prepare(request, seed, self.eos)
+            request.detokenizer = Detokenizer(
+                self.tokenizer.inner, message.prompt, skip_special_tokens=params.skip_special_tokens
+            )
+            request.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+            if params.prompt_logprobs is not None:
+                request.prompt_logprobs = [None]  # nothing comes before the first token
+        except (ValueError, TypeError, OverflowError) as error:
+            self._ended.append(Output(id=message.id, finish_reason="error", error=str(error)))
+            return
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise ValueError(f"a request with the id {request.id!r} is already running.")
+        new = (request.params.max_tokens or 1) if request.generate else 0
+        if not request.prompt or len(request.prompt) + new > self.max_model_len:
+            raise ValueError(
+                f"{len(request.prompt)} tokens of prompt and {new} more do not make between 1 and {self.max_model_len}."
+            )
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forgets sequences, and frees what they hold at once; ids that are not known are passed over."""
+        for id in ids:
+            request = self._requests.pop(id, None)
+            if request is not None:
+                self.scheduler.finish(request)
+
+    def step(self) -> Step:
+        """Advances every sequence that has a share in this step; see the module's docstring."""
+        outputs, self._ended = self._ended, []
+        preemptions = self.scheduler.preemptions
+        shares = self.scheduler.schedule()
+        stats = Stats()
+        if shares:
+            self._note_first_share(shares)
+            stats.tokens = sum(share.length for share in shares)
+            stats.prompt_tokens = sum(max(0, min(len(r.prompt) - start, count)) for r, start, count in shares)
+            try:
+                stepped = self._advance(shares)
+            except Exception as error:
+                stepped = [self._fail(share.request, _sentence(error)) for share in shares]
+            outputs += stepped
+            stats.generated = sum(len(output.tokens) for output in stepped)
+        stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        stats.cache_usage = self.blocks.usage
+        stats.preemptions = self.scheduler.preemptions - preemptions
+        return Step(outputs, stats)
+
+    def _note_first_share(self, shares: Sequence[Share]) -> None:
+        now = time.monotonic()
+        for share in shares:
+            if not share.request.scheduled:
+                share.request.scheduled = now
+
+    def _advance(self, shares: Sequence[Share]) -> list[Output]:
+        forward = self.runner.run(shares)
+        for prompt in forward.prompts:
+            self._note_prompt(prompt.request, prompt.start, prompt.logits)
+        for share in shares:
+            self.scheduler.computed(share)
+
+        outputs, rows = self._broken(forward)
+        drawn = [forward.shares[row].request for row in rows if forward.shares[row].request.generate]
+        outputs += [
+            self._end(forward.shares[row].request, "length") for row in rows if forward.shares[row].request not in drawn
+        ]
+        if not drawn:
+            return outputs
+        kept = [row for row in rows if forward.shares[row].request in drawn]
+        logits = forward.logits if len(kept) == len(forward.logits) else forward.logits[kept]
+        tokens = sampler.draw(drawn, logits)
+        asked = self._logprobs(drawn, logits, tokens)
+        for request, token, logprobs in zip(drawn, tokens, asked, strict=True):
+            try:
+                outputs.append(self._append(request, token, logprobs))
+            except Exception as error:  # of this request's own text or stops: it fails alone
+                outputs.append(self._fail(request, _sentence(error)))
+        return outputs
+
+    def _broken(self, forward: Forward) -> tuple[list[Output], list[int]]:
+        """Ends the requests whose logits are not numbers; the rows of the others."""
+        if not len(forward.logits):
+            return [], []
+        sound = torch.isfinite(forward.logits.sum(dim=-1)).tolist()
+        outputs = []
+        for share, good in zip(forward.shares, sound, strict=True):
+            if not good:
+                self.pages.clear(share.request.table)
+                outputs.append(self._fail(share.request, NOT_A_NUMBER))
+        return outputs, [row for row, good in enumerate(sound) if good]
+
+    def _note_prompt(self, request: Request, start: int, logits: Tensor) -> None:
+        following = request.prompt[start + 1 : start + 1 + len(logits)]
+        assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+        request.prompt_logprobs += sampler.logprobs(logits, following, request.params.prompt_logprobs)
+
+    def _logprobs(
+        self, requests: Sequence[Request], logits: Tensor, tokens: Sequence[int]
+    ) -> list[list[TokenLogprobs] | None]:
+        """What each request asked to see of the probabilities of its token; computed for those who asked alone."""
+        asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        shown: list[list[TokenLogprobs] | None] = [None] * len(requests)
+        if asked:
+            counts = [requests[row].params.logprobs or 0 for row in asked]
+            entries = sampler.logprobs(logits[asked], [tokens[row] for row in asked], max(counts))
+            for row, count, entry in zip(asked, counts, entries, strict=True):
+                shown[row] = [TokenLogprobs(entry.token, entry.logprob, entry.rank, entry.top[:count])]
+        return shown
+
+    def _append(self, request: Request, token: int, logprobs: list[TokenLogprobs] | None) -> Output:
+        """Adds a token to its sequence and decides whether that ends it: EOS, stop token, stop string, length, in this order."""
+        params = request.params
+        request.output.append(token)
+        if not request.first_token:
+            request.first_token = time.monotonic()
+        output = Output(id=request.id, tokens=[token], logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
+        if len(request.output) > 1:
+            output.prompt_logprobs = None
+        enough = len(request.output) >= params.min_tokens
+
+        eos = not params.ignore_eos and token in self.eos
+        if enough and (eos or token in params.stop_token_ids):
+            # The token that stops is shown as an id; as text only on request.
+            text = request.detokenizer.feed(token) if params.include_stop_str_in_output else ""
+            reason = None if self.eos and token == self.eos[0] and eos else token
+            return self._end(request, "stop", output, text=text, stop_reason=reason)
+
+        text = request.detokenizer.feed(token)
+        passed = request.stops.feed(text) if enough else text
+        if isinstance(passed, Match):
+            output.text = passed.text
+            return self._end(request, "stop", output, stop_reason=passed.stop, flush=False)
+        output.text = passed
+        if request.known >= self.max_model_len or len(request.output) == params.max_tokens:
+            return self._end(request, "length", output)
+        return output
+
+    def _end(
+        self,
+        request: Request,
+        reason: str,
+        output: Output | None = None,
+        *,
+        text: str = "",
+        stop_reason: int | str | None = None,
+        flush: bool = True,
+    ) -> Output:
+        """The last output of a request. Unless a stop string ended it, what was held back is text after all."""
+        if output is None:
+            output = Output(id=request.id, prompt_logprobs=request.prompt_logprobs)
+        if flush:
+            rest = request.stops.feed(text + request.detokenizer.finish())
+            if isinstance(rest, Match):  # complete only now that an unfinished character has been given up
+                output.text += rest.text
+                reason, stop_reason = "stop", rest.stop
+            else:
+                output.text += rest + request.stops.finish()
+        output.finish_reason, output.stop_reason = reason, stop_reason
+        self._forget(request)
+        now = time.monotonic()
+        output.timings = Timings(
+            request.arrival, request.scheduled, request.first_token or now, now, request.preemptions
+        )
+        return output
+
+    def _fail(self, request: Request, sentence: str) -> Output:
+        if request.status is not Status.FINISHED:
+            self._forget(request)
+        return Output(id=request.id, finish_reason="error", error=sentence)
+
+    def _forget(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        self._requests.pop(request.id, None)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

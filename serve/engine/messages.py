@@ -1,0 +1,124 @@
+"""What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
+
+To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Ready` or `Failed` (once), then one `Step` for each
+step of the engine. Nothing here imports torch, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from lm.params import SamplingParams
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the engine is told at its start; names and meanings are vLLM's flags."""
+
+    folder: str
+    dtype: str = "auto"
+    max_model_len: int | None = None  # tokens; None: the model's context, or what the cache holds if that is less
+    max_num_seqs: int = 128  # requests that run at once
+    max_num_batched_tokens: int = 2048  # tokens a step
+    kv_cache_memory_bytes: int | None = None  # None: from the memory that is free
+    block_size: int = 16  # tokens a block
+    seed: int = 0  # of the requests that bring no seed of their own
+
+
+class Add(msgspec.Struct, tag="add", frozen=True):
+    """A sequence to continue. `arrival` is time.monotonic() of the API process: the clock is the machine's, not the process's."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams  # its n is not looked at: the n sequences of a request are n of these (requests.children)
+    arrival: float
+    generate: bool = True  # False: nothing is drawn, the prompt's log-probabilities alone are wanted
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """Forget these sequences: their client has gone. Ids that are not known are not an error: they may just have ended."""
+
+    ids: list[str]
+
+
+class Configure(msgspec.Struct, tag="configure", frozen=True):
+    config: EngineConfig
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine has produced its first real token. What the API needs for validation, `/v1/models` and the line it prints."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    dtype: str
+    device: str
+    parameters: int
+    blocks: int
+    block_size: int
+    cache_bytes: int
+    threads: int
+    seconds: dict[str, float]  # what the start-up time went into
+    note: str | None = None  # a sentence about a value that was chosen otherwise than one might expect
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The engine cannot start: one sentence for the person at the terminal."""
+
+    message: str
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probabilities at one position, of the model as it is (before temperature and penalties).
+
+    `top` holds the k most probable tokens, best first; `rank` counts from 1.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class Timings(msgspec.Struct, array_like=True, frozen=True):
+    """Seconds on the machine's monotonic clock: when a sequence arrived, was first scheduled, gave its first and last token."""
+
+    arrival: float
+    scheduled: float
+    first_token: float
+    finished: float
+    preemptions: int
+
+
+class Output(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one step added to one sequence. The text is what can be shown for good: partial characters and stops are held back."""
+
+    id: str
+    text: str = ""
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None  # stop | length | abort | error
+    stop_reason: int | str | None = None  # the stop string or stop token; None for EOS
+    error: str | None = None
+    timings: Timings | None = None
+
+
+class Stats(msgspec.Struct, array_like=True):
+    """Counters of one step (not totals), and how full the engine is after it."""
+
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0  # 0 to 1
+    tokens: int = 0  # computed in this step
+    prompt_tokens: int = 0  # of these, tokens of a prompt
+    generated: int = 0
+    preemptions: int = 0
+
+
+class Step(msgspec.Struct, tag="step"):
+    outputs: list[Output]
+    stats: Stats
+
+
+ToEngine = Add | Abort | Configure
+FromEngine = Ready | Failed | Step

@@ -1,0 +1,78 @@
+"""One forward pass over a mixed batch: single tokens of those who decode beside chunks of prompts, flattened into one row of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm.decoder import DecoderLM
+from serve.engine.pages import PagedAttend, Pages
+from serve.engine.requests import Request
+from serve.engine.scheduler import Share
+
+PROMPT_ROWS = 256  # rows of prompt log-probabilities at a time: each is as wide as the vocabulary
+
+
+class PromptLogits(NamedTuple):
+    """Logits fp32 [R, V] that `request`'s tokens [start : start + R] left for the R tokens after them, all of the prompt."""
+
+    request: Request
+    start: int
+    logits: Tensor
+
+
+class Forward(NamedTuple):
+    """`logits` fp32 [R, V]: what follows, for each share that catches up, in order; `prompts` are computed while they are read."""
+
+    shares: list[Share]
+    logits: Tensor
+    prompts: Iterator[PromptLogits]
+
+
+class PagedRunner:
+    """Runs a decoder on what the scheduler chose. Knows no sampling and no text."""
+
+    def __init__(self, model: DecoderLM, pages: Pages) -> None:
+        self.model = model.eval()
+        self.pages = pages
+        self._windows = model.config.windows()
+
+    @torch.inference_mode()
+    def run(self, shares: Sequence[Share]) -> Forward:
+        """Computes the shares (whose blocks are allotted) and puts their keys and values into the pages."""
+        device = self.pages.device
+        tokens: list[int] = []
+        positions: list[int] = []
+        for request, start, count in shares:
+            tokens += request.tokens(start, count)
+            positions += range(start, start + count)
+        hidden = self.model.hidden(
+            torch.tensor(tokens, dtype=torch.int64, device=device),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+            PagedAttend(self.pages, self._windows, shares),
+        )
+        caught_up: list[Share] = []
+        last: list[int] = []
+        row = 0
+        for share in shares:
+            row += share.length
+            if share.catches_up:
+                caught_up.append(share)
+                last.append(row - 1)
+        logits = self.model.logits(hidden[last]).float() if last else hidden.new_empty((0, 0), dtype=torch.float32)
+        return Forward(caught_up, logits, self._prompt_logits(shares, hidden))
+
+    def _prompt_logits(self, shares: Sequence[Share], hidden: Tensor) -> Iterator[PromptLogits]:
+        row = 0
+        for request, start, count in shares:
+            if request.prompt_logprobs is not None:
+                # A preempted request computes its prompt again; what it has reported already is not asked for twice.
+                begin = max(start, len(request.prompt_logprobs) - 1)
+                end = min(start + count, len(request.prompt) - 1)
+                for first in range(begin, end, PROMPT_ROWS):
+                    rows = slice(row + first - start, row + min(first + PROMPT_ROWS, end) - start)
+                    yield PromptLogits(request, first, self.model.logits(hidden[rows]).float())
+            row += count

@@ -1,0 +1,51 @@
+"""Every error that a request can end in. `serve/api/errors.py` maps each class to an HTTP status, in that one place.
+
+A message is one sentence (or two) that a person can act on: it names the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class ServeError(Exception):
+    """Base class. `param` names the field of the request that is at fault, where one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(ServeError):
+    """The request asks for something impossible, out of range, or not supported: the client's to change."""
+
+
+class NotFound(ServeError):
+    """The model (or the route) that was asked for does not exist."""
+
+
+class Unauthorized(ServeError):
+    """No API key, or a wrong one."""
+
+
+class BodyTooLarge(ServeError):
+    """The body exceeds --max-body-bytes."""
+
+
+class NotBuilt(ServeError):
+    """A route of the contract that this server does not have."""
+
+
+class Overloaded(ServeError):
+    """The queue is full, or the server is shutting down; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class GenerationFailed(ServeError):
+    """The engine could not finish this request; others go on."""
+
+
+class EngineDead(ServeError):
+    """The engine process has ended; the server is about to."""
