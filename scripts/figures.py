@@ -1,0 +1,102 @@
+"""Writes the figures in the documentation from the raw samples in bench/results/*.json. `make figures` calls it.
+
+A block stands between `<!-- figures: KIND -->` and `<!-- /figures -->`; KIND is `summary` (a row a benchmark) or `full`
+(a table a benchmark). A test fails while a block differs from what the results say, so no figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/benchmarks.md")
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+NONE = "No benchmark has been recorded yet.\n"
+
+
+def results(folder: Path = ROOT / "bench" / "results") -> list[dict[str, Any]]:
+    """Every recorded result, by file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def render(kind: str, found: list[dict[str, Any]]) -> str:
+    """The Markdown of one block. Raises KeyError for a kind that does not exist."""
+    if not found:
+        return NONE
+    return {"summary": _summary, "full": _full}[kind](found)
+
+
+def rewrite(text: str, found: list[dict[str, Any]]) -> str:
+    """A page with all its blocks made anew."""
+    return BLOCK.sub(lambda match: match[1] + render(match[2], found) + match[3], text)
+
+
+def _summary(found: list[dict[str, Any]]) -> str:
+    rows = ["| benchmark | " + "result | ratio | machine |", "| --- | --- | --- | --- |"]
+    for result in found:
+        sides = "; ".join(f"{name} {_value(side)}" for name, side in result["sides"].items())
+        rows.append(f"| {result['benchmark']} | {sides} | {_ratio(result)} | {result['machine']} |")
+    return "\n".join(rows) + "\n"
+
+
+def _full(found: list[dict[str, Any]]) -> str:
+    parts = []
+    for result in found:
+        lines = [f"### {result['benchmark']}", ""]
+        if "note" in result:
+            lines += [result["note"], ""]
+        lines += ["| side | mean | unit | samples |", "| --- | --- | --- | --- |"]
+        for name, side in result["sides"].items():
+            samples = ", ".join(_number(sample) for sample in side["samples"])
+            lines.append(f"| {name} | {_number(statistics.fmean(side['samples']))} | {side['unit']} | {samples} |")
+        lines += ["", f"Ratio: {_ratio(result)}. Machine: {result['machine']}. Date: {result['date']}."]
+        lines += ["", "```bash", result["command"], "```", ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def _value(side: dict[str, Any]) -> str:
+    """The mean of a side's samples with its unit."""
+    return f"{_number(statistics.fmean(side['samples']))} {side['unit']}"
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    ratio = result.get("ratio")
+    return "n/a" if ratio is None else f"{ratio:.2f}"
+
+
+def _number(value: float) -> str:
+    """Four significant digits; thousands in groups."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
+    options = parser.parse_args(argv)
+    found = results()
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = rewrite(before, found)
+        if before != after:
+            stale.append(name)
+            if not options.check:
+                path.write_text(after, encoding="utf-8")
+    if stale and options.check:
+        print(f"The figures in {', '.join(stale)} are not those of bench/results: run `make figures`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
