@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (DemoError, FetchError, RecipeError) as error:
         print(f"\n{error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RecipeError) else 1
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where this one ended.")
         return 130
@@ -170,15 +170,11 @@ def hints(port: int, model: str, prompt: str, recipe: Recipe, path: str, overrid
     run = Path(recipe.run.dir)
     body = f'{{"model": "{model}", "prompt": "{prompt.splitlines()[0]}", "max_tokens": 64}}'
     url = f"http://{HOST}:{port}/v1/completions"
-    steps = (
-        f"train.steps={2 * recipe.train.steps}"
-        if recipe.train.steps
-        else f"train.tokens={2 * (recipe.train.tokens or 0)}"
-    )
-    longer = shlex.join([*LAUNCH, path, *overrides, steps, f"run.dir={recipe.run.dir}-longer"])
+    length = f"train.steps={2 * recipe.total_steps}"
+    longer = shlex.join([*LAUNCH, path, *overrides, length])
     lines = [
         ("Ask it yourself", f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"),
-        ("Train for longer", longer),
+        ("Train it further, from where it is", longer),
         ("Serve it again", f"python -m serve {shown(run / 'model')}"),
         ("The model, an ordinary Hugging Face folder", shown(run / "model")),
         ("The loss curve", shown(run / "loss.png")),
