@@ -1,94 +1,131 @@
-"""The API's end of the engine: requests go in, each gets a stream of its outputs, and the engine's death ends them all."""
+"""The API's end of the engine: a request's sequences go in as a group, their outputs come back as they are made."""
 
 from __future__ import annotations
 
 import asyncio
 import subprocess
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
 
 import msgspec
 
 from lm.params import SamplingParams
 from serve.engine.messages import Abort, Add, EngineConfig, Failed, FromEngine, Output, Ready, Stats, Step
 from serve.engine.process import HEADER, frame, spawn
-from serve.errors import EngineDead, GenerationFailed
+from serve.errors import EngineDead, GenerationFailed, InvalidRequest, Overloaded, ServeError
 
 DIED = "The engine process has ended unexpectedly; the server is stopping."
+DRAINING = "The server is shutting down and takes no new requests."
 
 
 class EngineFailed(Exception):
     """The engine could not start; the message is its sentence."""
 
 
-class Stream:
-    """Outputs of one sequence, as they come. What has piled up while nobody read is given out as one."""
+class Member:
+    """One sequence in the engine: the `index`-th of its group."""
 
-    def __init__(self, id: str, prompt_tokens: int, params: SamplingParams) -> None:
-        self.id = id
+    def __init__(self, group: Group, index: int, prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
+        self.id = f"{group.id}-{index}"
+        self.group = group
+        self.index = index
         self.prompt_tokens = prompt_tokens
         self.params = params
+        self.arrival = arrival
         self.generated = 0
-        self._pending: deque[Output | EngineDead] = deque()
-        self._arrived = asyncio.Event()
+        self.finish_reason: str | None = None
+        self.last_token = 0.0  # when the API had it
 
-    def put(self, output: Output | EngineDead) -> None:
-        self._pending.append(output)
+
+class Group:
+    """The sequences of one HTTP request. As a context manager it aborts, when left, those that have not ended.
+
+    Iterating gives (index, output) until every sequence has given its last; what piled up while nobody read comes as one.
+    Raises GenerationFailed or EngineDead.
+    """
+
+    def __init__(self, client: EngineClient) -> None:
+        self.id = uuid.uuid4().hex
+        self.members: list[Member] = []
+        self._client = client
+        self._pending: dict[int, Output] = {}
+        self._arrived = asyncio.Event()
+        self._failure: ServeError | None = None
+
+    def put(self, index: int, output: Output) -> None:
+        waiting = self._pending.get(index)
+        self._pending[index] = output if waiting is None else join(waiting, output)
         self._arrived.set()
 
-    async def __aiter__(self) -> AsyncIterator[Output]:
-        """Ends after the output with a finish_reason. Raises GenerationFailed or EngineDead."""
-        while True:
+    def fail(self, error: ServeError) -> None:
+        self._failure = error
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+        left = len(self.members)
+        while left:
             await self._arrived.wait()
             self._arrived.clear()
-            merged: Output | None = None
-            while self._pending:
-                output = self._pending.popleft()
-                if isinstance(output, EngineDead):
-                    raise output
+            ready, self._pending = self._pending, {}
+            for index, output in ready.items():
                 if output.finish_reason == "error":
                     raise GenerationFailed(f"This request failed in the engine. {output.error}")
-                merged = output if merged is None else _merge(merged, output)
-            if merged is not None:
-                yield merged
-                if merged.finish_reason is not None:
-                    return
+                left -= output.finish_reason is not None
+                yield index, output
+            if self._failure is not None:
+                raise self._failure
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.abort(self.members)
 
 
-def _merge(first: Output, then: Output) -> Output:
+def join(first: Output, then: Output) -> Output:
+    """Two outputs of one sequence, one after the other, as one."""
+    both = first.logprobs is not None or then.logprobs is not None
     return Output(
         id=first.id,
         text=first.text + then.text,
         tokens=first.tokens + then.tokens,
-        logprobs=None
-        if then.logprobs is None and first.logprobs is None
-        else (first.logprobs or []) + (then.logprobs or []),
+        logprobs=(first.logprobs or []) + (then.logprobs or []) if both else None,
         prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
         finish_reason=then.finish_reason,
         stop_reason=then.stop_reason,
+        error=then.error,
         timings=then.timings,
     )
 
 
 class EngineClient:
-    """Starts the engine process and speaks with it. `on_step` sees every step, `on_end` each sequence's last output."""
+    """Starts the engine process and speaks with it.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `limit` bounds the sequences that are in the engine, running or queued. `on_step` sees every step, `on_output` every output
+    with its member.
+    """
+
+    def __init__(self, config: EngineConfig, limit: int) -> None:
         self.config = config
+        self.limit = limit
         self.stats = Stats()
+        self.draining = False
         self.dead = asyncio.Event()
         self.on_step: Callable[[Step], None] = lambda step: None
-        self.on_end: Callable[[Stream, Output], None] = lambda stream, output: None
-        self._streams: dict[str, Stream] = {}
+        self.on_output: Callable[[Member, Output], None] = lambda sequence, output: None
+        self._members: dict[str, Member] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
     def launch(self) -> None:
-        """Starts the process; `connect` waits for it. Apart, so that what the API needs can be imported meanwhile."""
+        """Starts the process; `connect` waits for it. Apart, so that what the API needs is imported meanwhile."""
         self._process, self._socket = spawn(self.config)
 
     async def connect(self) -> Ready:
@@ -98,55 +135,69 @@ class EngineClient:
         try:
             message = await self._receive()
         except EngineDead:
-            raise EngineFailed(
-                "The engine process ended while it was starting; out of memory is the usual reason."
-            ) from None
-        if isinstance(message, Failed):
-            raise EngineFailed(message.message)
-        assert isinstance(message, Ready)
+            message = Failed("The engine process ended while it was starting; the usual reason is a lack of memory.")
+        if not isinstance(message, Ready):
+            raise EngineFailed(message.message if isinstance(message, Failed) else DIED)
         self._reading = asyncio.create_task(self._read())
         return message
 
     @property
     def in_flight(self) -> int:
         """Sequences that have been given to the engine and have not ended."""
-        return len(self._streams)
+        return len(self._members)
 
-    def submit(self, id: str, prompt: list[int], params: SamplingParams, *, generate: bool = True) -> Stream:
-        """Gives a sequence to the engine. Raises EngineDead."""
+    @property
+    def healthy(self) -> bool:
+        return not (self.draining or self.dead.is_set())
+
+    def admit(self, count: int) -> None:
+        """Raises, unless `count` more sequences may come now: Overloaded, EngineDead, or InvalidRequest if they never may."""
         if self.dead.is_set():
             raise EngineDead(DIED)
-        stream = Stream(id, len(prompt), params)
-        self._streams[id] = stream
-        self._idle.clear()
-        self._writer.write(frame(Add(id, prompt, params, time.monotonic(), generate)))
-        return stream
+        if self.draining:
+            raise Overloaded(DRAINING)
+        if count > self.limit:
+            raise InvalidRequest(
+                f"The request asks for {count} sequences at once; this server takes {self.limit} at most.", "n"
+            )
+        if self.in_flight + count > self.limit:
+            raise Overloaded(f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later.")
 
-    def abort(self, streams: list[Stream], *, tell: bool = False) -> None:
-        """Forgets sequences whose client has gone, or, with `tell`, ends their streams with finish_reason "abort"."""
-        known = [stream for stream in streams if stream.id in self._streams]
-        if not known or self.dead.is_set():
+    def submit(self, work: Sequence[tuple[list[int], SamplingParams]], *, generate: bool = True) -> Group:
+        """Gives sequences (prompt ids, how to continue them) to the engine. Raises as `admit`."""
+        assert self._writer is not None
+        self.admit(len(work))
+        group = Group(self)
+        now = time.monotonic()
+        for index, (prompt, params) in enumerate(work):
+            member = Member(group, index, len(prompt), params, now)
+            group.members.append(member)
+            self._members[member.id] = member
+            self._writer.write(frame(Add(member.id, prompt, params, now, generate)))
+        self._idle.clear()
+        return group
+
+    def abort(self, members: Sequence[Member]) -> None:
+        """Forgets those that have not ended; their streams end with finish_reason "abort", if anybody still reads them."""
+        known = [member for member in members if member.id in self._members]
+        if not known or self.dead.is_set() or self._writer is None:
             return
-        self._writer.write(frame(Abort([stream.id for stream in known])))
-        for stream in known:
-            last = Output(id=stream.id, finish_reason="abort")
-            if tell:
-                stream.put(last)
-            self._end(stream, last)
+        self._writer.write(frame(Abort([member.id for member in known])))
+        for member in known:
+            self._deliver(member, Output(id=member.id, finish_reason="abort"))
 
     def abort_all(self) -> None:
-        self.abort(list(self._streams.values()), tell=True)
+        self.abort(list(self._members.values()))
 
     async def idle(self) -> None:
         """Returns when nothing is in flight."""
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Ends the engine process: kindly, then not."""
-        self._closing = True
+        """Ends the engine process: by closing the socket and, after five seconds, by force."""
         if self._process is None:
             return
-        if hasattr(self, "_writer"):
+        if self._writer is not None:
             self._writer.close()
         else:
             self._socket.close()
@@ -171,27 +222,25 @@ class EngineClient:
             while True:
                 step = await self._receive()
                 assert isinstance(step, Step)
-                self._take(step)
+                self.stats = step.stats
+                for output in step.outputs:
+                    member = self._members.get(output.id)
+                    if member is not None:  # None: aborted while this was under way
+                        self._deliver(member, output)
+                self.on_step(step)
         except EngineDead as error:
             self.dead.set()
-            for stream in list(self._streams.values()):
-                stream.put(error)
-                self._end(stream, Output(id=stream.id, finish_reason="error"))
-
-    def _take(self, step: Step) -> None:
-        self.stats = step.stats
-        for output in step.outputs:
-            stream = self._streams.get(output.id)
-            if stream is None:
-                continue  # aborted while this was under way
-            stream.generated += len(output.tokens)
-            stream.put(output)
-            if output.finish_reason is not None:
-                self._end(stream, output)
-        self.on_step(step)
-
-    def _end(self, stream: Stream, output: Output) -> None:
-        del self._streams[stream.id]
-        if not self._streams:
+            for group in {member.group for member in self._members.values()}:
+                group.fail(error)
+            self._members.clear()
             self._idle.set()
-        self.on_end(stream, output)
+
+    def _deliver(self, member: Member, output: Output) -> None:
+        member.generated += len(output.tokens)
+        self.on_output(member, output)
+        member.group.put(member.index, output)
+        if output.finish_reason is not None:
+            member.finish_reason = output.finish_reason
+            del self._members[member.id]
+            if not self._members:
+                self._idle.set()

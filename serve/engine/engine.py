@@ -111,6 +111,7 @@ class Engine:
             if request is not None:
                 self.scheduler.finish(request)
 
+    @torch.inference_mode()
     def step(self) -> Step:
         """Advances every sequence that has a share in this step; see the module's docstring."""
         outputs, self._ended = self._ended, []
@@ -127,10 +128,14 @@ class Engine:
                 stepped = [self._fail(share.request, _sentence(error)) for share in shares]
             outputs += stepped
             stats.generated = sum(len(output.tokens) for output in stepped)
+        stats.preemptions = self.scheduler.preemptions - preemptions
+        return Step(outputs, self.fill(stats))
+
+    def fill(self, stats: Stats) -> Stats:
+        """Sets how full the engine is now."""
         stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         stats.cache_usage = self.blocks.usage
-        stats.preemptions = self.scheduler.preemptions - preemptions
-        return Step(outputs, stats)
+        return stats
 
     def _note_first_share(self, shares: Sequence[Share]) -> None:
         now = time.monotonic()

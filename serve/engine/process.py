@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from serve.engine.messages import Abort, Add, Configure, EngineConfig, Failed, ToEngine
+from serve.engine.messages import Abort, Add, Configure, EngineConfig, Failed, Stats, Step, ToEngine
 
 HEADER = struct.Struct("<I")  # the length of the frame that follows, in bytes
 CHUNK = 1 << 20
@@ -120,8 +120,8 @@ def _serve(channel: Channel) -> None:
             elif isinstance(message, Abort):
                 engine.abort(message.ids)
         early = []
-        if engine.has_work:
-            channel.send(engine.step())
+        # Without work, what came were aborts: the server learns that nothing runs any more.
+        channel.send(engine.step() if engine.has_work else Step([], engine.fill(Stats())))
 
 
 if __name__ == "__main__":

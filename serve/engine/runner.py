@@ -40,9 +40,8 @@ class PagedRunner:
         self.pages = pages
         self._windows = model.config.windows()
 
-    @torch.inference_mode()
     def run(self, shares: Sequence[Share]) -> Forward:
-        """Computes the shares (whose blocks are allotted) and puts their keys and values into the pages."""
+        """Computes the shares (whose blocks are allotted) and puts their keys and values into the pages; within inference mode."""
         device = self.pages.device
         tokens: list[int] = []
         positions: list[int] = []

@@ -1,0 +1,187 @@
+"""The routes. Each reads as: validate, give to the engine, shape the answer; what can go wrong is an error of serve/errors.py."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import Response
+
+from lm import __version__
+from serve.api import errors, validation
+from serve.api.client import EngineClient, Group
+from serve.api.completions import Answer
+from serve.api.errors import json_response, log
+from serve.api.http import EventStream, Gate, while_connected
+from serve.api.metrics import Metrics
+from serve.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve.api.validation import Model
+from serve.errors import InvalidRequest, NotBuilt, Overloaded
+
+# Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
+NOT_BUILT = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")
+
+
+async def only_json(request: Request) -> None:
+    """Raises InvalidRequest unless the body says that it is JSON."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed")
+
+
+def create_app(
+    model: Model,
+    client: EngineClient,
+    *,
+    keys: Sequence[str] = (),
+    max_body_bytes: int = 8 << 20,
+    log_requests: bool = False,
+) -> FastAPI:
+    """The ASGI application over an engine that is ready."""
+    app = FastAPI(title="Heed", version=__version__)
+    app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes)
+    errors.install(app)
+    started = int(time.time())
+    metrics = Metrics(model.names[0], client, model.ready)
+    fingerprint = f"heed-{__version__}"
+
+    # ---------------------------------------------------------------- life
+
+    @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
+    async def health() -> Response:
+        """Readiness: 503 as soon as the engine is dead or the server drains."""
+        return Response(status_code=200 if client.healthy else 503)
+
+    @app.get("/live")
+    async def live() -> Response:
+        """Liveness: 200 as long as the process answers, draining or not; 503 when the engine is dead."""
+        return Response(status_code=503 if client.dead.is_set() else 200)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return json_response({"server_load": client.in_flight})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # ---------------------------------------------------------------- models
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [_card(name, model, started) for name in model.names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        model.check_name(name)
+        return json_response(_card(name, model, started))
+
+    # ---------------------------------------------------------------- completions
+
+    @app.post("/v1/completions", dependencies=[Depends(only_json)])
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        job = await validation.completion(body, model)
+        answer = Answer(f"cmpl-{_request_id(body, request)}", body, job, model, fingerprint)
+        try:
+            group = client.submit(
+                [
+                    (p.ids, child)
+                    for p, params in zip(job.prompts, job.params, strict=True)
+                    for child in job.children(params)
+                ],
+                generate=job.generate,
+            )
+        except Overloaded:
+            metrics.rejected.inc()
+            raise
+        metrics.request(job.n, body.max_tokens)
+
+        async def stream() -> AsyncIterator[dict[str, Any]]:
+            with group:
+                async for chunk in answer.chunks(group):
+                    yield chunk
+            finished()
+
+        async def whole() -> dict[str, Any]:
+            with group:
+                return await answer.whole(group)
+
+        def finished() -> None:
+            if log_requests:
+                log.info("%s", _line(answer, group))
+
+        if body.stream:
+            return EventStream(stream())
+        content = await while_connected(request, whole())
+        finished()
+        return Response(status_code=499) if content is None else json_response(content)
+
+    # ---------------------------------------------------------------- tokens
+
+    @app.post("/tokenize", dependencies=[Depends(only_json)])
+    async def tokenize(body: TokenizeRequest) -> Response:
+        model.check_name(body.model)
+        ids = await validation.encode(body.prompt, model.tokenizer, add_special_tokens=body.add_special_tokens)
+        strings = [model.tokenizer.inner.id_to_token(id) for id in ids] if body.return_token_strs else None
+        return json_response(
+            {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings}
+        )
+
+    @app.post("/detokenize", dependencies=[Depends(only_json)])
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        model.check_name(body.model)
+        validation.check_ids(body.tokens, model, "tokens")
+        return json_response({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    async def not_built(request: Request) -> Response:
+        raise NotBuilt(f"{request.url.path} is not built into this server; /v1/completions is.")
+
+    for path in NOT_BUILT:
+        app.add_api_route(path, not_built, methods=["POST"], include_in_schema=False)
+    return app
+
+
+def _request_id(body: CompletionRequest, request: Request) -> str:
+    """The client's own id (header before field), as far as it is fit to be one; else a new one."""
+    wanted = request.headers.get("x-request-id") or body.request_id or ""
+    return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex
+
+
+def _card(name: str, model: Model, created: int) -> dict[str, Any]:
+    allowed = {
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+    }
+    permission = {"id": f"modelperm-{name}", "object": "model_permission", "created": created, **allowed}
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "heed",
+        "root": model.folder,
+        "parent": None,
+        "max_model_len": model.max_model_len,
+        "permission": [permission | {"organization": "*", "group": None, "is_blocking": False}],
+    }
+
+
+def _line(answer: Answer, group: Group) -> str:
+    """One line of log for a request: no prompt and no text."""
+    usage = answer.usage()
+    prompt, generated = usage["prompt_tokens"], sum(member.generated for member in group.members)
+    seconds = time.monotonic() - group.members[0].arrival
+    reasons = ",".join(sorted({member.finish_reason or "aborted" for member in group.members}))
+    return f"{answer.id}: {prompt} prompt tokens, {generated} generated in {seconds:.3f} s, {reasons}"

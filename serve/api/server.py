@@ -1,0 +1,213 @@
+"""The life of the server: bind, start the engine, be ready, drain, end. One process of asyncio and one engine under it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import psutil
+
+from serve.api.client import DIED, EngineClient, EngineFailed
+from serve.engine.messages import EngineConfig, Ready
+
+LEAVING = 3  # seconds that connections get to take their last bytes
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that concerns HTTP; the engine's part is messages.EngineConfig."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
+    max_logprobs: int = 20
+    max_num_queued_reqs: int = 1024
+    max_body_bytes: int = 8 << 20
+    shutdown_timeout: float = 25.0
+    generation_config: str = "auto"
+    enable_log_requests: bool = False
+
+
+class StartError(Exception):
+    """The server cannot start: one sentence, and the status to exit with."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet: nobody connects before the model is ready. Raises StartError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"Port {port} on {host} is in use; choose another with --port.", 1) from None
+        raise StartError(f"Cannot bind {host}:{port}: {error.strerror or error}.", 1) from None
+    bound.setblocking(False)
+    return bound
+
+
+def run(server: ServerConfig, engine: EngineConfig) -> int:
+    """Serves until a signal or the engine's death; the exit status. Raises StartError."""
+    bound = bind(server.host, server.port)
+    client = EngineClient(engine, engine.max_num_seqs + server.max_num_queued_reqs)
+    client.launch()  # it loads torch while this process imports FastAPI
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Life(server, client, bound).live())
+
+
+class _Life:
+    def __init__(self, config: ServerConfig, client: EngineClient, bound: socket.socket) -> None:
+        self._config, self._client, self._bound = config, client, bound
+        self._signals = 0
+        self._signalled = asyncio.Event()
+        self._hurried = asyncio.Event()
+
+    async def live(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signal)
+        try:
+            return await self._start_and_serve()
+        finally:
+            self._bound.close()
+            await self._client.close()
+
+    def _signal(self) -> None:
+        self._signals += 1
+        self._signalled.set()
+        if self._signals > 1:
+            self._hurried.set()  # the second one waits for nobody
+
+    async def _start_and_serve(self) -> int:
+        connecting = asyncio.create_task(self._client.connect())
+        preparing = asyncio.create_task(asyncio.to_thread(_prepare, self._client.config.folder, self._config))
+        if not await _before(self._signalled, asyncio.gather(connecting, preparing, return_exceptions=True)):
+            return 0
+        try:
+            ready = connecting.result()  # of two errors, the engine's sentence is the better one
+            tokenizer, defaults = preparing.result()
+        except EngineFailed as error:
+            raise StartError(str(error), 2) from None
+        server, serving = await self._listen(ready, tokenizer, defaults)
+        print(self._announcement(ready), flush=True)
+
+        await _first(self._signalled.wait(), self._client.dead.wait(), serving)
+        died = self._client.dead.is_set()
+        if not died:
+            self._client.draining = True
+            await _first(self._client.idle(), self._hurried.wait(), timeout=self._config.shutdown_timeout)
+            self._client.abort_all()
+        server.should_exit = True
+        await serving
+        if died:
+            print(DIED, file=sys.stderr, flush=True)
+        return 1 if died else 0
+
+    async def _listen(self, ready: Ready, tokenizer: Any, defaults: dict[str, Any]) -> tuple[Any, asyncio.Task[None]]:
+        import uvicorn
+
+        from serve.api.app import create_app
+        from serve.api.validation import Model
+
+        class Server(uvicorn.Server):
+            @contextlib.contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                yield  # they are handled here, by a drain
+
+        config, folder = self._config, self._client.config.folder
+        model = Model(config.served_model_name or (folder,), folder, ready, tokenizer, config.max_logprobs, defaults)
+        app = create_app(
+            model,
+            self._client,
+            keys=config.api_key,
+            max_body_bytes=config.max_body_bytes,
+            log_requests=config.enable_log_requests,
+        )
+        settings = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            http="httptools",
+            loop="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=LEAVING,
+            backlog=2048,
+        )
+        server = Server(settings)
+        serving = asyncio.create_task(server.serve(sockets=[self._bound]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        return server, serving
+
+    def _announcement(self, ready: Ready) -> str:
+        host, port = self._bound.getsockname()[:2]
+        name = (self._config.served_model_name or (self._client.config.folder,))[0]
+        address = f"[{host}]" if ":" in host else host
+        tokens = (ready.blocks - 1) * ready.block_size
+        seconds = time.time() - psutil.Process().create_time()
+        line = (
+            f"http://{address}:{port} serves {name}: {_scaled(ready.parameters)} parameters, {ready.dtype} on {ready.device}, "
+            f"{ready.threads} threads, cache {ready.cache_bytes / 2**20:,.0f} MiB for {tokens:,} tokens; "
+            f"first token {seconds:.1f} s after the start."
+        )
+        return f"{ready.note}\n{line}" if ready.note else line
+
+
+def _prepare(folder: str, config: ServerConfig) -> tuple[Any, dict[str, Any]]:
+    """What this process needs of the folder: the tokenizer and the sampling defaults. Imports the web framework on the way."""
+    import serve.api.app  # noqa: F401
+    from lm.tokenizer import Tokenizer, TokenizerError
+    from serve.api.defaults import generation_defaults
+
+    try:
+        return Tokenizer.load(folder), generation_defaults(folder, config.generation_config)
+    except TokenizerError as error:
+        raise EngineFailed(str(error)) from None
+
+
+async def _before(event: asyncio.Event, work: asyncio.Future[Any]) -> bool:
+    """Whether the work ended before the event came; if not, it is cancelled."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait((waiting, work), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not work.done():
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return False
+    return True
+
+
+async def _first(*awaitables: Any, timeout: float | None = None) -> None:
+    """Returns when the first is done, or after `timeout` seconds; cancels none of the tasks that were given as tasks."""
+    given = [awaitable for awaitable in awaitables if isinstance(awaitable, asyncio.Task)]
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task not in given:
+            task.cancel()
+
+
+def _scaled(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)

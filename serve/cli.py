@@ -1,0 +1,137 @@
+"""The flags of `python -m serve`: vLLM's names and meanings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from serve.api.server import ServerConfig
+from serve.engine.messages import EngineConfig
+
+SCALE = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence for what is wrong, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number, 32k (thousands) or 32K (1024s), in a range."""
+
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", text)
+        value = round(float(match[1]) * SCALE[match[2]]) if match else low - 1
+        if match and not match[2] and match[1].isdigit():
+            value = int(match[1])
+        if value < low or (high is not None and value > high):
+            bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
+    return value
+
+
+def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
+    """Exits with status 2 and one sentence for a flag that cannot be."""
+    parser = Parser(
+        prog="python -m serve",
+        description="Serve a model folder through vLLM's HTTP API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="model folder: config.json, model.safetensors, tokenizer.json")
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 is every interface")
+    http.add_argument("--port", type=integer(0, 65535), default=8000, help="0 takes a free one and prints it")
+    http.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests use; the first is shown (default: FOLDER)",
+    )
+    http.add_argument(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="keys that open everything but /health, /ping and /live (default: $VLLM_API_KEY)",
+    )
+    http.add_argument("--max-logprobs", type=integer(0), default=20, help="most logprobs that a request may ask for")
+    http.add_argument(
+        "--max-num-queued-reqs", type=integer(0), default=1024, help="sequences that may wait; more are answered 503"
+    )
+    http.add_argument("--max-body-bytes", type=integer(1), default=8 << 20, help="larger bodies are answered 413")
+    http.add_argument(
+        "--shutdown-timeout", type=seconds, default=25.0, help="seconds that running requests get on SIGTERM or Ctrl-C"
+    )
+    http.add_argument(
+        "--generation-config",
+        default="auto",
+        help="auto: the folder's generation_config.json gives sampling defaults; vllm: none; or a folder",
+    )
+    http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float", "bfloat16", "float16", "half"],
+        default="auto",
+        help="auto: the folder's, where this machine is fast in it",
+    )
+    engine.add_argument(
+        "--max-model-len",
+        type=integer(2),
+        metavar="TOKENS",
+        help="longest prompt and answer together (default: the model's context)",
+    )
+    engine.add_argument("--max-num-seqs", type=integer(1), default=128, help="sequences that run at once")
+    engine.add_argument(
+        "--max-num-batched-tokens", type=integer(1), default=2048, help="tokens computed in one step, at most"
+    )
+    engine.add_argument(
+        "--kv-cache-memory-bytes",
+        type=integer(1),
+        metavar="BYTES",
+        help="size of the KV cache, as 512M or 4G (default: from the free memory)",
+    )
+    engine.add_argument("--block-size", type=integer(1, 4096), default=16, help="tokens in a block of the cache")
+    engine.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the requests that bring none")
+    given = parser.parse_args(argv)
+    keys = given.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    server = ServerConfig(
+        host=given.host,
+        port=given.port,
+        served_model_name=tuple(given.served_model_name or ()),
+        api_key=tuple(keys),
+        max_logprobs=given.max_logprobs,
+        max_num_queued_reqs=given.max_num_queued_reqs,
+        max_body_bytes=given.max_body_bytes,
+        shutdown_timeout=given.shutdown_timeout,
+        generation_config=given.generation_config,
+        enable_log_requests=given.enable_log_requests,
+    )
+    return server, EngineConfig(
+        folder=given.folder,
+        dtype=given.dtype,
+        max_model_len=given.max_model_len,
+        max_num_seqs=given.max_num_seqs,
+        max_num_batched_tokens=given.max_num_batched_tokens,
+        kv_cache_memory_bytes=given.kv_cache_memory_bytes,
+        block_size=given.block_size,
+        seed=given.seed,
+    )
