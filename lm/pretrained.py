@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lm.config import ConfigError, DecoderConfig
 from lm.decoder import DecoderLM
@@ -296,7 +297,7 @@ def save(
     aside.mkdir(parents=True)
     family = family_of(model.config)
     name = next(key for key, value in DTYPES.items() if value == dtype)
-    special = {}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # said even when none, against foreign defaults
     if tokenizer is not None:
         tokenizer.save(aside)
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -330,7 +331,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None, devic
         if name not in DTYPES:
             raise FolderError(f"{path / 'config.json'}: dtype is {name!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[name]
-    with torch.device("meta"):
+    with _Uninitialised():
         model = DecoderLM(config)
     weights = {key: t.to(device, dtype).contiguous() for key, t in family.unpack(_read_weights(path)).items()}
     if config.tie_embeddings:
@@ -347,6 +348,19 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None, devic
     model.load_state_dict(weights, assign=True)
     model.positions = model.position_table(torch.device(device))
     return model.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what torch.nn.init does, for weights that are about to be replaced: their memory is never touched then.
+
+    (The meta device would do as well, but its first operators import torch's compiler, which takes more than a second.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _read_config(path: Path) -> tuple[DecoderConfig, Family, dict[str, Any]]:
