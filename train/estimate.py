@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lm.config import DecoderConfig
+from lm.linear import linear
 from train.config import Recipe, RecipeError, check_launch
 from train.peaks import peak_flops
 from train.prepare import find, load_tokenizer
@@ -224,12 +225,12 @@ def _cpu_speed(recipe: Recipe) -> Speed:
     torch.set_num_threads(recipe.train.threads or cores())
     dtype = torch.bfloat16 if recipe.train.dtype == "bf16" else torch.float32
     width = min(recipe.model.width, 1024)
-    x, weight = torch.randn(2048, width, dtype=dtype), torch.randn(width, 4 * width, dtype=dtype)
+    x, weight = torch.randn(2048, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
     times: list[float] = []
     deadline = time.perf_counter() + 0.4
     while time.perf_counter() < deadline or len(times) < 3:
         began = time.perf_counter()
-        x @ weight
+        linear(x, weight)
         times.append(time.perf_counter() - began)
     used = torch.get_num_threads()
     torch.set_num_threads(threads)
