@@ -12,7 +12,7 @@ from serve.cli import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 after a signal, 1 for a port that is taken or an engine that died, 2 for what cannot be as asked."""
+    """The exit status: 0 after a signal, 1 if the port is taken or the engine died, 2 for what cannot be as asked."""
     server, engine = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder = Path(engine.folder)
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise StartError(
-                    f"{folder} has no {name}; a model is a folder with config.json, model.safetensors and tokenizer.json.",
+                    f"{folder} has no {name}; a model is a folder with config.json, model.safetensors "
+                    "and tokenizer.json.",
                     2,
                 )
         return run(server, engine)

@@ -1,1 +1,1 @@
-"""HTTP: protocol, validation, routes, errors, metrics. Asyncio alone; neither torch nor transformers is ever imported."""
+"""HTTP: protocol, validation, routes, errors, metrics. Asyncio alone; torch and transformers are never imported."""

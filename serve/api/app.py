@@ -1,4 +1,4 @@
-"""The routes. Each reads as: validate, give to the engine, shape the answer; what can go wrong is an error of serve/errors.py."""
+"""The routes. Each reads as: validate, give to the engine, shape the answer. What goes wrong is one of serve/errors."""
 
 from __future__ import annotations
 

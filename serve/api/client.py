@@ -42,8 +42,8 @@ class Member:
 class Group:
     """The sequences of one HTTP request. As a context manager it aborts, when left, those that have not ended.
 
-    Iterating gives (index, output) until every sequence has given its last; what piled up while nobody read comes as one.
-    Raises GenerationFailed or EngineDead.
+    Iterating gives (index, output) until every sequence has given its last; what piled up while nobody read comes as
+    one. Raises GenerationFailed or EngineDead.
     """
 
     def __init__(self, client: EngineClient) -> None:
@@ -105,8 +105,8 @@ def join(first: Output, then: Output) -> Output:
 class EngineClient:
     """Starts the engine process and speaks with it.
 
-    `limit` bounds the sequences that are in the engine, running or queued. `on_step` sees every step, `on_output` every output
-    with its member.
+    `limit` bounds the sequences that are in the engine, running or queued. `on_step` sees every step, `on_output`
+    every output with its member.
     """
 
     def __init__(self, config: EngineConfig, limit: int) -> None:
@@ -151,7 +151,7 @@ class EngineClient:
         return not (self.draining or self.dead.is_set())
 
     def admit(self, count: int) -> None:
-        """Raises, unless `count` more sequences may come now: Overloaded, EngineDead, or InvalidRequest if they never may."""
+        """Raises Overloaded, EngineDead or (if they never may) InvalidRequest unless `count` more may come."""
         if self.dead.is_set():
             raise EngineDead(DIED)
         if self.draining:
@@ -178,7 +178,7 @@ class EngineClient:
         return group
 
     def abort(self, members: Sequence[Member]) -> None:
-        """Forgets those that have not ended; their streams end with finish_reason "abort", if anybody still reads them."""
+        """Forgets those that have not ended; whoever still reads them gets finish_reason "abort"."""
         known = [member for member in members if member.id in self._members]
         if not known or self.dead.is_set() or self._writer is None:
             return

@@ -1,4 +1,4 @@
-"""What /v1/completions answers: one body, or the chunks of a stream, in the shapes of vLLM (nulls included in bodies)."""
+"""What /v1/completions answers: one body, or the chunks of a stream, in vLLM's shapes (bodies include their nulls)."""
 
 from __future__ import annotations
 
@@ -185,7 +185,10 @@ class TokenTexts:
         return self._known[id]
 
     def listed(self, tokens: list[int], entries: list[TokenLogprobs | None], k: int, offset: int) -> dict[str, Any]:
-        """OpenAI's form for completions: four lists of one length. `offset` is where in the text the first token begins."""
+        """OpenAI's form for completions: four lists of one length.
+
+        `offset` is where in the text the first token begins.
+        """
         offsets, texts, values, tops = [], [], [], []
         for id, entry in zip(tokens, entries, strict=True):
             text = self.text(id)

@@ -1,4 +1,7 @@
-"""From an error to an HTTP answer: the one place that knows statuses. Bodies are OpenAI's: {"error": {message, type, param, code}}."""
+"""From an error to an HTTP answer: the one place that knows statuses.
+
+Bodies are OpenAI's: {"error": {"message", "type", "param", "code"}}.
+"""
 
 from __future__ import annotations
 

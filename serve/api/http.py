@@ -20,7 +20,7 @@ OPEN = {"/health", "/ping", "/live"}  # what a load balancer asks, which has no 
 
 
 class Gate:
-    """ASGI middleware: guards every path but OPEN with the API keys, and reads the body up to a limit before anything else runs."""
+    """ASGI middleware: guards every path but OPEN with the API keys, and reads the body first, up to a limit."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body_bytes: int) -> None:
         self._app = app
@@ -96,7 +96,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
 
 
 class EventStream(Response):
-    """An ASGI response of server-sent events: each item as JSON, then [DONE]. The generator is closed when the client goes."""
+    """An ASGI response of server-sent events: each item as JSON, then [DONE].
+
+    The generator is closed when the client goes.
+    """
 
     def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
         super().__init__(media_type="text/event-stream")

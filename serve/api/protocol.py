@@ -1,7 +1,7 @@
 """The bodies of requests, with vLLM's field names and defaults. Types alone are checked here; values in validation.py.
 
-Unknown fields are accepted and ignored, as vLLM does. Fields that we know and do not honour are listed in validation.py, which
-refuses them where they would change the answer.
+Unknown fields are accepted and ignored, as vLLM does. Fields that we know and do not honour are listed in
+validation.py, which refuses them where they would change the answer.
 """
 
 from __future__ import annotations

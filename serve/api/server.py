@@ -1,4 +1,7 @@
-"""The life of the server: bind, start the engine, be ready, drain, end. One process of asyncio and one engine under it."""
+"""The life of the server: bind, start the engine, be ready, drain, end.
+
+One process of asyncio and one engine under it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ class StartError(Exception):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet: nobody connects before the model is ready. Raises StartError."""
+    """A socket that has the address and does not listen yet: nobody connects before the model is ready.
+
+    Raises StartError.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -165,15 +171,19 @@ class _Life:
         tokens = (ready.blocks - 1) * ready.block_size
         seconds = time.time() - psutil.Process().create_time()
         line = (
-            f"http://{address}:{port} serves {name}: {_scaled(ready.parameters)} parameters, {ready.dtype} on {ready.device}, "
-            f"{ready.threads} threads, cache {ready.cache_bytes / 2**20:,.0f} MiB for {tokens:,} tokens; "
+            f"http://{address}:{port} serves {name}: {_scaled(ready.parameters)} parameters, "
+            f"{ready.dtype} on {ready.device}, {ready.threads} threads, "
+            f"cache {ready.cache_bytes / 2**20:,.0f} MiB for {tokens:,} tokens; "
             f"first token {seconds:.1f} s after the start."
         )
         return f"{ready.note}\n{line}" if ready.note else line
 
 
 def _prepare(folder: str, config: ServerConfig) -> tuple[Any, dict[str, Any]]:
-    """What this process needs of the folder: the tokenizer and the sampling defaults. Imports the web framework on the way."""
+    """What this process needs of the folder: the tokenizer and the sampling defaults.
+
+    Imports the web framework on the way.
+    """
     import serve.api.app  # noqa: F401
     from lm.tokenizer import Tokenizer, TokenizerError
     from serve.api.defaults import generation_defaults
@@ -197,7 +207,7 @@ async def _before(event: asyncio.Event, work: asyncio.Future[Any]) -> bool:
 
 
 async def _first(*awaitables: Any, timeout: float | None = None) -> None:
-    """Returns when the first is done, or after `timeout` seconds; cancels none of the tasks that were given as tasks."""
+    """Returns when the first is done, or after `timeout` seconds; what was given as a task goes on."""
     given = [awaitable for awaitable in awaitables if isinstance(awaitable, asyncio.Task)]
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)

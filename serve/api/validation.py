@@ -1,7 +1,7 @@
 """What a request may ask, decided in one place, before the engine: whatever passes here can be carried out.
 
-`Model` is what is being served; `completion` turns a body into the sequences to run, or raises InvalidRequest or NotFound with one
-sentence. Ranges that need no model to be judged are lm.params.SamplingParams' own.
+`Model` is what is being served; `completion` turns a body into the sequences to run, or raises InvalidRequest or
+NotFound with one sentence. Ranges that need no model to be judged are lm.params.SamplingParams' own.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ async def _prompt(prompt: str | list[int], body: CompletionRequest, model: Model
         text = model.tokenizer.decode(cut)
     if len(cut) > model.max_model_len:
         raise InvalidRequest(
-            f"This model's maximum context length is {model.max_model_len} tokens. However, your prompt contains {len(cut)} input "
-            "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+            f"This model's maximum context length is {model.max_model_len} tokens. However, your prompt contains "
+            f"{len(cut)} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt.",
             "input_tokens",
         )
     return Prompt(cut, text)
@@ -250,8 +251,11 @@ def _max_tokens(body: CompletionRequest, model: Model, prompt_length: int) -> in
         return None
     wanted = 16 if body.max_tokens is None else body.max_tokens
     if wanted > model.max_model_len:
-        message = f"max_tokens={wanted} cannot be greater than max_model_len={model.max_model_len}. Please request fewer output tokens."
-        raise InvalidRequest(message, "max_tokens")
+        raise InvalidRequest(
+            f"max_tokens={wanted} cannot be greater than max_model_len={model.max_model_len}. "
+            "Please request fewer output tokens.",
+            "max_tokens",
+        )
     room = min(model.max_model_len - prompt_length, model.defaults.get("max_new_tokens") or wanted)
     return min(wanted, room)
 

@@ -1,8 +1,8 @@
 """Which block of the KV cache belongs to whom. Plain Python: the tensors are in pages.py.
 
-The cache is cut into blocks of `size` tokens. A sequence has a table: its token at position p lies in block table[p // size], at
-offset p % size. Tables only grow at their end and are given back whole. Blocks are counted references, so that one block can
-stand in several tables; a block that stands in more than one is full and is never written again.
+The cache is cut into blocks of `size` tokens. A sequence has a table: its token at position p lies in the block
+table[p // size], at offset p % size. Tables only grow at their end and are given back whole. References to blocks are
+counted, so that one block can stand in several tables; one that stands in more than one is full and never written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NULL = 0  # belongs to nobody and is never written: what the padding of a batch 
 class BlockManager:
     """Hands out blocks 1 .. count-1 of `size` tokens each.
 
-    Invariant: a block is free exactly when no table refers to it; references[b] is the number of tables that b stands in.
+    Invariant: references[b] is the number of tables that block b stands in, and b is free exactly when that is 0.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -46,7 +46,10 @@ class BlockManager:
         return max(0, -(-tokens // self.size) - len(table))
 
     def grow(self, table: list[int], tokens: int) -> bool:
-        """Extends `table` until it holds `tokens` tokens. False, and nothing changed, where the free blocks do not suffice."""
+        """Extends `table` until it holds `tokens` tokens.
+
+        False, and nothing changed, where the free blocks do not suffice.
+        """
         missing = self.missing(table, tokens)
         if missing > len(self._free):
             return False
@@ -57,7 +60,7 @@ class BlockManager:
         return True
 
     def share(self, blocks: Iterable[int]) -> list[int]:
-        """A new table that begins with these blocks, which must be full: they are read by both from now on and written by none."""
+        """A new table of these blocks, which must be full: from now on both read them and none writes them."""
         shared = list(blocks)
         for block in shared:
             if self.references[block] < 1:

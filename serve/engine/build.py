@@ -36,7 +36,10 @@ class SetupError(ValueError):
 
 
 def build(config: EngineConfig) -> tuple[Engine, Ready]:
-    """Loads the folder, sizes the cache, computes a first token. Raises SetupError, or lm's FolderError and TokenizerError."""
+    """Loads the folder, sizes the cache, computes a first token.
+
+    Raises SetupError, or lm's FolderError and TokenizerError.
+    """
     begin = time.perf_counter()
     threads = use_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +94,7 @@ def use_cores() -> int:
 
 
 def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str | None]:
-    """`auto` is the folder's own dtype, except half precision on a CPU without instructions for it: there float32 is faster."""
+    """`auto` is the folder's dtype, but float32 where a CPU has no instructions for a half: it is faster there."""
     if name != "auto":
         return DTYPES[name], None
     raw = _read_json(Path(folder) / "config.json")
@@ -116,8 +119,8 @@ def size_cache(
 ) -> tuple[int, int, str | None]:
     """(max_model_len, blocks, a sentence or None): the cache that was asked for, or what the free memory allows.
 
-    A single sequence of max_model_len tokens always fits. Where it does not, a length that was asked for is refused with what
-    would do, and one that was not is shortened.
+    A single sequence of max_model_len tokens always fits. Where it does not, a length that was asked for is refused
+    with what would do, and one that was not is shortened.
     """
     longest = config.max_model_len or shape.context
     if longest > shape.context:
@@ -140,12 +143,12 @@ def size_cache(
             f"A sequence of {longest} tokens needs a cache of {needed} bytes and {source} allows {available}: "
             f"pass --kv-cache-memory-bytes {needed}{shorter}."
         )
-    note = f"max_model_len is {blocks * size} and not the model's {longest}: {source} holds no more (--kv-cache-memory-bytes)."
+    note = f"max_model_len is {blocks * size} and not the model's {longest}: {source} holds no more."
     return blocks * size, blocks + 1, note
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can still be taken, in bytes: the device's, or the machine's within the limit of its control group."""
+    """Memory that can still be taken: the device's, or the machine's within the limit of its control group."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available

@@ -1,13 +1,13 @@
 """Token ids to text as they come: no half character is shown, no stop string or part of one gets out.
 
-Two stages, a request each: `Detokenizer` turns ids into text that will not change any more; `StopStrings` holds back what may
-still become a stop string. Whatever the tokenizer does, the deltas joined are what decoding everything at once gives.
+Two stages, a request each: `Detokenizer` turns ids into text that will not change any more; `StopStrings` holds back
+what may still become a stop string. Whatever the tokenizer does, the deltas joined are what decoding everything at
+once gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 REPLACEMENT = "�"
@@ -41,7 +41,8 @@ class Detokenizer:
         text = self._decode(self._window)
         if self._prompt and not text.startswith(self._shown):
             # The prompt ended inside a character, which this token changes: give out from the first sign that differs.
-            self._shown = commonprefix([self._shown, text])
+            same = next((i for i, (a, b) in enumerate(zip(self._shown, text, strict=False)) if a != b), len(text))
+            self._shown = text[:same]
         settled = len(text)
         trailing = settled - len(text.rstrip(REPLACEMENT))
         if trailing:

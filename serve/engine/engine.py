@@ -1,7 +1,7 @@
 """The loop: add, abort, step. Synchronous, no HTTP, no processes: `process` and `llm` put those around it.
 
-One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops. A request that fails ends
-with finish_reason "error" and a sentence, and frees what it held; the others do not notice.
+One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops. A request
+that fails ends with finish_reason "error" and a sentence, and frees what it held; the others do not notice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serve.engine.detokenizer import Detokenizer, Match, StopStrings
 from serve.engine.messages import Add, Output, Stats, Step, Timings, TokenLogprobs
 from serve.engine.pages import Pages
 from serve.engine.requests import Request, Status
-from serve.engine.runner import Forward, PagedRunner
+from serve.engine.runner import PagedRunner
 from serve.engine.scheduler import Scheduler, Share
 
 NOT_A_NUMBER = "The model's output for this request is not a number; its weights or this prompt make it overflow."
@@ -30,7 +30,8 @@ NOT_A_NUMBER = "The model's output for this request is not a number; its weights
 class Engine:
     """Continues token sequences with one decoder.
 
-    `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together; `blocks` counts the null block too.
+    `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together; `blocks` are counted with
+    the null block.
     """
 
     def __init__(
@@ -150,39 +151,34 @@ class Engine:
         for share in shares:
             self.scheduler.computed(share)
 
-        outputs, rows = self._broken(forward)
-        drawn = [forward.shares[row].request for row in rows if forward.shares[row].request.generate]
-        outputs += [
-            self._end(forward.shares[row].request, "length") for row in rows if forward.shares[row].request not in drawn
-        ]
-        if not drawn:
+        outputs: list[Output] = []
+        going: list[int] = []  # rows of the logits that a token is drawn from
+        sound = torch.isfinite(forward.logits.sum(dim=-1)).tolist()
+        for row, share in enumerate(forward.shares):
+            if not sound[row]:
+                self.pages.clear(share.request.table)
+                outputs.append(self._fail(share.request, NOT_A_NUMBER))
+            elif share.request.generate:
+                going.append(row)
+            else:
+                outputs.append(self._end(share.request, "length"))
+        if not going:
             return outputs
-        kept = [row for row in rows if forward.shares[row].request in drawn]
-        logits = forward.logits if len(kept) == len(forward.logits) else forward.logits[kept]
-        tokens = sampler.draw(drawn, logits)
-        asked = self._logprobs(drawn, logits, tokens)
-        for request, token, logprobs in zip(drawn, tokens, asked, strict=True):
+
+        requests = [forward.shares[row].request for row in going]
+        logits = forward.logits if len(going) == len(forward.logits) else forward.logits[going]
+        tokens = sampler.draw(requests, logits)
+        for request, token, logprobs in zip(requests, tokens, self._logprobs(requests, logits, tokens), strict=True):
             try:
                 outputs.append(self._append(request, token, logprobs))
             except Exception as error:  # of this request's own text or stops: it fails alone
                 outputs.append(self._fail(request, _sentence(error)))
         return outputs
 
-    def _broken(self, forward: Forward) -> tuple[list[Output], list[int]]:
-        """Ends the requests whose logits are not numbers; the rows of the others."""
-        if not len(forward.logits):
-            return [], []
-        sound = torch.isfinite(forward.logits.sum(dim=-1)).tolist()
-        outputs = []
-        for share, good in zip(forward.shares, sound, strict=True):
-            if not good:
-                self.pages.clear(share.request.table)
-                outputs.append(self._fail(share.request, NOT_A_NUMBER))
-        return outputs, [row for row, good in enumerate(sound) if good]
-
     def _note_prompt(self, request: Request, start: int, logits: Tensor) -> None:
         following = request.prompt[start + 1 : start + 1 + len(logits)]
-        assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+        assert request.prompt_logprobs is not None
+        assert request.params.prompt_logprobs is not None
         request.prompt_logprobs += sampler.logprobs(logits, following, request.params.prompt_logprobs)
 
     def _logprobs(
@@ -199,7 +195,7 @@ class Engine:
         return shown
 
     def _append(self, request: Request, token: int, logprobs: list[TokenLogprobs] | None) -> Output:
-        """Adds a token to its sequence and decides whether that ends it: EOS, stop token, stop string, length, in this order."""
+        """Adds a token to its sequence, which may end it: by EOS, stop token, stop string or length, in this order."""
         params = request.params
         request.output.append(token)
         if not request.first_token:

@@ -67,10 +67,10 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continues prompts, all batched together: a text, {"prompt_token_ids": [...]}, a list of ids, or a list of such.
+        """Continues a text, {"prompt_token_ids": [...]} or a list of ids, or a list of such, all batched together.
 
-        Returns an output for each prompt, in order. Raises ValueError for a prompt that does not fit, RuntimeError where the
-        engine failed on one.
+        Returns an output for each prompt, in order. Raises ValueError for a prompt that does not fit, RuntimeError
+        where the engine failed on one.
         """
         several = [prompts] if _is_one(prompts) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -99,7 +99,7 @@ class LLM:
         room = self.ready.max_model_len - len(ids)
         if not ids or room < 1:
             raise ValueError(
-                f"a prompt has {len(ids)} tokens; it must have between 1 and {self.ready.max_model_len - 1} to be continued."
+                f"a prompt has {len(ids)} tokens; to be continued it must have 1 to {self.ready.max_model_len - 1}."
             )
         foreign = [
             id

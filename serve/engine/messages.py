@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
 
-To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Ready` or `Failed` (once), then one `Step` for each
-step of the engine. Nothing here imports torch, and nothing is pickled.
+To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Ready` or `Failed` (once), then one `Step`
+for each step of the engine. Nothing here imports torch, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Add(msgspec.Struct, tag="add", frozen=True):
-    """A sequence to continue. `arrival` is time.monotonic() of the API process: the clock is the machine's, not the process's."""
+    """A sequence to continue. `arrival` is time.monotonic(), a clock that the machine's processes share."""
 
     id: str
     prompt: list[int]
@@ -35,7 +35,7 @@ class Add(msgspec.Struct, tag="add", frozen=True):
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
-    """Forget these sequences: their client has gone. Ids that are not known are not an error: they may just have ended."""
+    """Forget these sequences: their client has gone. An unknown id is no error: it may just have ended."""
 
     ids: list[str]
 
@@ -45,7 +45,10 @@ class Configure(msgspec.Struct, tag="configure", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
-    """The engine has produced its first real token. What the API needs for validation, `/v1/models` and the line it prints."""
+    """The engine has produced its first real token.
+
+    What the API needs for validation, `/v1/models` and the line it prints.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -80,7 +83,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Timings(msgspec.Struct, array_like=True, frozen=True):
-    """Seconds on the machine's monotonic clock: when a sequence arrived, was first scheduled, gave its first and last token."""
+    """When a sequence arrived, was first scheduled, gave its first and its last token: seconds of time.monotonic()."""
 
     arrival: float
     scheduled: float
@@ -90,7 +93,7 @@ class Timings(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Output(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What one step added to one sequence. The text is what can be shown for good: partial characters and stops are held back."""
+    """What one step added to one sequence. The text is settled: partial characters and stops are held back."""
 
     id: str
     text: str = ""

@@ -1,11 +1,12 @@
 """The KV cache as tensors, and attention over it: the `attend` policy of a flattened batch.
 
-A layer's keys are one tensor [KV, blocks, size, D], likewise its values: gathering a sequence's blocks gives [KV, S, D] without
-a transposition. A batch of N rows (tokens of many sequences, one after the other) is attended in two kinds:
+A layer's keys are one tensor [KV, blocks, size, D], likewise its values: gathering the blocks of a sequence gives
+[KV, S, D] without a transposition. A batch of N rows (tokens of many sequences, one after the other) has two kinds:
 
-- single rows (decoding, or the last token of a prompt): together. The query heads that share a KV head are given as query rows of
-  that head, so the keys are read once and never repeated;
-- chunks of a prompt: one sequence at a time, through the fused kernel, without touching the cache where the chunk is all there is.
+- single rows (decoding, or the last token of a prompt): together. The query heads that share a KV head are given as
+  query rows of that head, so the keys are read once and never repeated;
+- chunks of a prompt: one sequence at a time, through the fused kernel, without touching the cache where the chunk is
+  all there is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FEWEST = 8  # blocks: tables up to this length are attended together, longer one
 
 
 class Pages:
-    """The cache of `layers` layers, `blocks` blocks of `size` tokens each. Zeroed: what is masked out must still be a number."""
+    """The cache: `layers` layers of `blocks` blocks of `size` tokens. Zeroed: what is masked must still be a number."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Pages:
         return keys.index_select(1, flat).view(shape), values.index_select(1, flat).view(shape)
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zeroes blocks whose contents may be no numbers, before somebody else gets them: a mask does not stop a NaN."""
+        """Zeroes blocks that may hold what is no number, before somebody else gets them: a mask does not stop a NaN."""
         index = torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
         for tensor in (*self.keys, *self.values):
             tensor.index_fill_(1, index, 0)
@@ -72,7 +73,7 @@ class Pages:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zeroed pages and leaves it to hand them out when they are first used; torch would write them all now.
+    # numpy takes zeroed pages from the system, which hands them out at first use; torch would write them all now.
     return torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
@@ -134,7 +135,8 @@ class _Chunk:
 class PagedAttend:
     """The policy of one step: attend(layer, q [N, H, D], k [N, KV, D], v [N, KV, D]) -> [N, H, D], through the pages.
 
-    The rows are those of `shares`, one after the other; k and v are written to the cache first, then everything is read from it.
+    The rows are those of `shares`, one after the other; k and v are written to the cache first, then everything is
+    read from it.
     """
 
     def __init__(self, pages: Pages, windows: Sequence[int | None], shares: Sequence[Share]) -> None:

@@ -1,11 +1,12 @@
 """The engine in a process of its own: msgspec frames over a socket pair, one frame of outputs a step.
 
-`spawn` is the API's side and imports no torch; `main` is the engine's. The engine ends when the socket does, so that no engine
-outlives its server, however that died; it leaves signals to the server, which drains first.
+`spawn` is the API's side and imports no torch; `main` is the engine's. The engine ends when the socket does, so that
+no engine outlives its server, however that died; it leaves signals to the server, which drains first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -85,10 +86,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(argv[0])))
-    try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _serve(channel)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # at once: nothing here is worth the interpreter's and torch's own tidying up

@@ -18,9 +18,10 @@ class Status(Enum):
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """A sequence of known tokens (prompt, then output), of which the first `computed` have their keys and values in the cache.
+    """A sequence of known tokens (prompt, then output), the first `computed` of which have their keys in the cache.
 
-    The scheduler's whole state of a request is the count of what is known, `computed` and `table`; the rest belongs to the engine.
+    The scheduler's whole state of a request is the count of what is known, `computed` and `table`; the rest belongs
+    to the engine.
     """
 
     id: str
@@ -35,7 +36,7 @@ class Request:
     table: list[int] = field(default_factory=list)
     preemptions: int = 0
 
-    # The engine's: state of the sampler, the detokenizer and the stop strings, what the prompt's own tokens were worth, times.
+    # The engine's: state of sampler, detokenizer and stop strings, what the prompt's own tokens were worth, times.
     draw: Any = None
     detokenizer: Any = None
     stops: Any = None
@@ -57,7 +58,7 @@ class Request:
 
 
 def children(params: SamplingParams, n: int) -> list[SamplingParams]:
-    """The n sequences of a request with `n`: each draws with a seed of its own, so that each can be had again by itself."""
+    """The n sequences of a request with `n`, each with a seed of its own, so that each can be had again by itself."""
     alone = replace(params, n=1)
     if params.seed is None:
         return [alone] * n

@@ -1,4 +1,4 @@
-"""One forward pass over a mixed batch: single tokens of those who decode beside chunks of prompts, flattened into one row of tokens."""
+"""One forward pass over a mixed batch: single tokens of those who decode beside chunks of prompts, flattened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT_ROWS = 256  # rows of prompt log-probabilities at a time: each is as wide
 
 
 class PromptLogits(NamedTuple):
-    """Logits fp32 [R, V] that `request`'s tokens [start : start + R] left for the R tokens after them, all of the prompt."""
+    """Logits fp32 [R, V] that the tokens from `start` on leave for the R tokens after them, all of the prompt."""
 
     request: Request
     start: int
@@ -25,7 +25,7 @@ class PromptLogits(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """`logits` fp32 [R, V]: what follows, for each share that catches up, in order; `prompts` are computed while they are read."""
+    """`logits` fp32 [R, V]: what follows each share that catches up. `prompts` are computed while they are read."""
 
     shares: list[Share]
     logits: Tensor
@@ -41,7 +41,7 @@ class PagedRunner:
         self._windows = model.config.windows()
 
     def run(self, shares: Sequence[Share]) -> Forward:
-        """Computes the shares (whose blocks are allotted) and puts their keys and values into the pages; within inference mode."""
+        """Computes the shares, whose blocks are allotted; the pages have their keys and values then (inference mode)."""
         device = self.pages.device
         tokens: list[int] = []
         positions: list[int] = []

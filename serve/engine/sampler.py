@@ -1,8 +1,8 @@
 """Logits to tokens and to what the client may see of the probabilities; the arithmetic is lm.sampling's.
 
-The order, which is vLLM's: (1) log-probabilities, of the logits as the model gave them; (2) logit bias, minimum length, penalties;
-(3) greedy rows take the largest; the others are divided by the temperature, cut by min-p, top-k and top-p, and drawn from.
-A draw depends on the request's seed and the index of the token alone, never on the batch.
+The order, which is vLLM's: (1) log-probabilities, of the logits as the model gave them; (2) logit bias, minimum
+length, penalties; (3) greedy rows take the largest; the others are divided by the temperature, cut by min-p, top-k
+and top-p, and drawn from. A draw depends on the request's seed and the index of the token alone, never on the batch.
 """
 
 from __future__ import annotations

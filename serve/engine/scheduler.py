@@ -1,15 +1,17 @@
 """What is computed in the next step.
 
-There is no prefill phase and no decode phase. A request has tokens that are known and tokens that are computed; each step
-spends a budget of tokens on letting the second catch up with the first:
+There is no prefill phase and no decode phase. A request has tokens that are known and tokens that are computed; each
+step spends a budget of tokens on letting the second catch up with the first:
 
-1. running requests first, in the order in which they were admitted, so that nobody who is being answered waits for a newcomer;
-2. then those who wait, first come first served, while budget and seats are left and the whole of what they know fits the cache.
+1. running requests first, in the order in which they were admitted, so that nobody who is being answered waits for a
+   newcomer;
+2. then those who wait, first come first served, while budget and seats are left and the whole of what they know fits
+   the cache.
 
-A long prompt is thus computed in chunks beside the others' single tokens. When a running request finds no free block, the one
-admitted last loses all of its blocks and waits at the front of the queue: nothing of it is kept, it is recomputed (preemption).
-In a step that preempted nobody is admitted. The request admitted first is never preempted for another's sake and, since no request
-may need more than the whole cache, always advances: so every request ends.
+A long prompt is thus computed in chunks beside the others' single tokens. When a running request finds no free block,
+the one admitted last loses all of its blocks and waits at the front of the queue: nothing of it is kept, it is
+recomputed (preemption). In a step that preempted nobody is admitted. The request admitted first is never preempted
+for another's sake and, since no request may need more than the whole cache, always advances: so every request ends.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step, blocks allotted. Counts sum to the budget at most; empty only where there is no work."""
+        """The shares of the next step, their blocks allotted; within the budget; empty only where there is no work."""
         left = self.budget
         shares: list[Share] = []
         preempted = False
