@@ -1,0 +1,53 @@
+"""`accelerate launch -m train CONFIG [key=value ...]`, and the other verbs: `python -m train dashboard ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {"dashboard": "train.dashboard"}  # each module has main(argv) -> exit status; a bare CONFIG trains
+
+USAGE = """usage: accelerate launch -m train CONFIG [section.key=value ...] [--dry-run]
+       python -m train dashboard ...
+
+CONFIG is a recipe such as configs/demo.yaml, where every key is explained. --dry-run prints what the run would be."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        return importlib.import_module(VERBS[argv[0]]).main(argv[1:])
+    options = [word for word in argv if word.startswith("-")]
+    if "-h" in options or "--help" in options:
+        print(USAGE)
+        return 0
+    words = [word for word in argv if not word.startswith("-")]
+    unknown = [option for option in options if option != "--dry-run"]
+    if unknown or not words or "=" in words[0]:
+        problem = f"{unknown[0]} is not an option." if unknown else "a recipe file must come first."
+        print(f"{problem}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    return train(words[0], words[1:], dry_run="--dry-run" in options)
+
+
+def train(path: str, overrides: list[str], *, dry_run: bool) -> int:
+    from train.config import RecipeError, load
+
+    try:
+        recipe = load(path, overrides)
+        if dry_run:
+            from train.estimate import main_dry_run
+
+            print("\n".join(main_dry_run(recipe)))
+            return 0
+        from train.loop import run
+
+        return run(recipe)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
