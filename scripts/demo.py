@@ -88,7 +88,7 @@ def _demo(options: argparse.Namespace, text: Path | None, children: list[subproc
     prompt = options.prompt or first_prompt(recipe, text)
     heading("A completion, as it comes, through the openai client")
     model = stream(port, prompt, recipe.model.context)
-    heading("What to try next")
+    heading("What to try next (after: source .venv/bin/activate)")
     print(hints(port, model, prompt, recipe, options.recipe, overrides, log))
     if not options.once:
         print("\nServing until Ctrl-C.", flush=True)
@@ -98,7 +98,9 @@ def _demo(options: argparse.Namespace, text: Path | None, children: list[subproc
 def train(command: Sequence[str], children: list[subprocess.Popen]) -> None:
     """Runs the training in the foreground: its progress bar is the demo's. Raises DemoError if it fails."""
     # The launcher of this very environment, whatever is first on the PATH.
-    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *command[2:]])
+    # OMP_NUM_THREADS only keeps the launcher from guessing it aloud: the trainer sets its threads itself.
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ}
+    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *command[2:]], env=environment)
     children.append(child)
     try:
         status = child.wait()

@@ -43,7 +43,8 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
     text = folder / "text.txt"
     text.write_text(LINES * 40, encoding="utf-8")
     command = [sys.executable, "scripts/demo.py", "--text", str(text), *options]
-    command += [f"run.dir={folder / 'run'}", f"data.cache={folder / 'cache'}", *SMALL]
+    place = [f"run.dir={folder / 'run'}", f"data.cache={folder / 'cache'}"]
+    command = [*command[:2], *place, *SMALL, *command[2:]]  # the options' own changes come last and win
     output = (folder / "output").open("ab")
     return subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -66,16 +67,22 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_once_trains_serves_streams_and_ends_and_again_goes_on_from_what_is_there(tmp_path: Path) -> None:
-    assert start(tmp_path, "--once").wait(150) == 0, said(tmp_path)
-    first = said(tmp_path)
-    run = tmp_path / "run"
-    assert "$ accelerate launch" in first
-    completion = first.split("through the openai client\n")[1].split("== What to try next")[0]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo that ran once, with all that it said in `output`."""
+    folder = tmp_path_factory.mktemp("demo")
+    assert start(folder, "--once").wait(150) == 0, said(folder)
+    return folder
+
+
+def test_once_trains_serves_and_streams(trained: Path) -> None:
+    output, run = said(trained), trained / "run"
+    assert "$ accelerate launch" in output
+    completion = output.split("through the openai client\n")[1].split("\n== What to try next")[0]
     assert completion.startswith("ROMEO:")
     assert len(completion) > len("ROMEO:\n")
     for hint in ("curl http://127.0.0.1:", "train.steps=12", str(run / "model"), str(run / "loss.png"), "wandb sync"):
-        assert hint in first, hint
+        assert hint in output, hint
     for file in (
         "config.yaml",
         "metrics.jsonl",
@@ -86,31 +93,31 @@ def test_once_trains_serves_streams_and_ends_and_again_goes_on_from_what_is_ther
     ):
         assert (run / file).exists(), file
 
-    rows = (run / "metrics.jsonl").read_text()
-    assert start(tmp_path, "--once").wait(150) == 0, said(tmp_path)
-    assert "is finished" in said(tmp_path)[len(first) :]
-    assert (run / "metrics.jsonl").read_text() == rows
 
-
-def test_ctrl_c_ends_the_serving_demo_cleanly_and_sigterm_leaves_no_child(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    wait_for(tmp_path, "Serving until Ctrl-C", process)
+def test_again_it_serves_what_is_there_until_ctrl_c(trained: Path) -> None:
+    before, rows = said(trained), (trained / "run" / "metrics.jsonl").read_text()
+    process = start(trained)
+    wait_for(trained, "Serving until Ctrl-C", process)
     children = family(process)
     assert children
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 0, said(tmp_path)
+    assert process.wait(60) == 0, said(trained)
     assert psutil.wait_procs(children, timeout=10)[1] == []
-    assert "Traceback" not in said(tmp_path)
+    output = said(trained)[len(before) :]
+    assert "is finished" in output
+    assert "Traceback" not in output
+    assert (trained / "run" / "metrics.jsonl").read_text() == rows
 
-    process = start(tmp_path)  # finished already, so it serves at once
-    time.sleep(1)
-    deadline = time.monotonic() + 60
-    while said(tmp_path).count("Serving until Ctrl-C") < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
+
+def test_sigterm_while_training_ends_every_child_in_a_checkpoint(tmp_path: Path) -> None:
+    process = start(tmp_path, "--once", "train.steps=100000", "eval.every=100000")
+    wait_for(tmp_path, "step 4/100000", process)
     children = family(process)
+    assert len(children) >= 2  # the launcher and the trainer
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
 
 
 def test_a_wrong_key_is_one_sentence_and_exit_status_2(tmp_path: Path) -> None:

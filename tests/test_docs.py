@@ -18,7 +18,20 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 # Commands of other programs that a page may show; what they do is theirs to test.
-OTHERS = {"cd", "git", "pip", "curl", "wandb", "export", "sbatch", "srun", "torchrun", "tensorboard", "pre-commit"}
+OTHERS = {
+    "cd",
+    "source",
+    "git",
+    "pip",
+    "curl",
+    "wandb",
+    "export",
+    "sbatch",
+    "srun",
+    "torchrun",
+    "tensorboard",
+    "pre-commit",
+}
 
 
 def fenced(page: Path, language: str) -> list[str]:
