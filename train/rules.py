@@ -77,6 +77,11 @@ def _source(v: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{key} is {show(v[key])}; it belongs to data.dataset, and data.text is what is read.")
         if separator == "":
             problems.append('data.separator is ""; it must be the text between two documents, or null.')
+        if separator and "\\n" in separator:  # what YAML makes of data.separator=\\n
+            problems.append(
+                "data.separator holds a backslash and an n; for line ends write it in double quotes, "
+                "on the command line as 'data.separator=\"\\n\"'."
+            )
     elif separator is not None:
         problems.append(
             f"data.separator is {show(separator)}; it belongs to data.text: each row of data.dataset is one document."
