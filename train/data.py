@@ -163,9 +163,11 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     while len(outside):
         high, low = np.divmod(value[outside], b)
         key = keys[outside]
-        for number in range(4):
-            high = (high + _hash(low + key + np.uint64(2 * number))) % a
-            low = (low + _hash(high + key + np.uint64(2 * number + 1))) % b
+        for _ in range(3):  # with a key for each half: shared ones leave permutations far from even
+            key = _hash(key)
+            high = (high + _hash(low ^ key)) % a
+            key = _hash(key)
+            low = (low + _hash(high ^ key)) % b
         value[outside] = high * b + low
         outside = outside[value[outside] >= size]
     return value.astype(np.int64)
