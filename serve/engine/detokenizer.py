@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 
 REPLACEMENT = "�"
 CONTEXT = 6  # tokens before the text that are decoded with it, since a decoder may treat the first token differently
-UNFINISHED = (
-    3  # an unfinished UTF-8 character is at most three bytes, each of which some decoders show as a sign of its own
-)
+UNFINISHED = 3  # bytes, at most, of a UTF-8 character that is not complete
 WINDOW = 24  # tokens after which the start of the window is moved even if the text never settles
 
 
@@ -27,8 +25,11 @@ class Detokenizer:
     def __init__(self, inner: Any, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._inner = inner
         self._skip = skip_special_tokens
-        self._window = list(prompt[-CONTEXT:])
-        self._shown = self._decode(self._window)  # text of the window that has been given out, or is the prompt's
+        for length in range(CONTEXT, CONTEXT + UNFINISHED + 1):
+            self._window = list(prompt[-length:])
+            self._shown = self._decode(self._window)  # text of the window that has been given out, or is the prompt's
+            if not self._shown.startswith(REPLACEMENT):  # else it begins inside a character: begin earlier
+                break
         self._prompt = True  # nothing has been given out yet: the window's text is the prompt's
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -39,14 +40,13 @@ class Detokenizer:
         previous = len(self._window)
         self._window.append(token)
         text = self._decode(self._window)
-        if self._prompt and not text.startswith(self._shown):
+        if self._prompt and self._shown.endswith(REPLACEMENT) and not text.startswith(self._shown):
             # The prompt ended inside a character, which this token changes: give out from the first sign that differs.
             same = next((i for i, (a, b) in enumerate(zip(self._shown, text, strict=False)) if a != b), len(text))
             self._shown = text[:same]
-        settled = len(text)
-        trailing = settled - len(text.rstrip(REPLACEMENT))
-        if trailing:
-            settled -= min(trailing, UNFINISHED)
+        settled = len(text.rstrip(REPLACEMENT))
+        if len(self._window) > WINDOW:  # no character is that long: only the last of it can still become one
+            settled = max(settled, len(text) - UNFINISHED)
         delta = text[len(self._shown) : settled]
         if delta:
             self._shown = text[:settled]
@@ -64,21 +64,21 @@ class Detokenizer:
     def _slide(self, text: str, settled: int, previous: int) -> None:
         """Lets go of the tokens that later ones cannot change any more."""
         if settled == len(text):
-            if previous > CONTEXT:
-                self._cut(text, len(self._window) - CONTEXT)
-        elif len(self._window) > WINDOW:
-            for cut in range(len(self._window) - CONTEXT, 0, -1):
-                if self._cut(text, cut):
+            # All of it is shown. What is kept has to decode to the end of what it did: it may lose a space in front,
+            # which some decoders strip there, but must not begin inside a character.
+            for length in range(CONTEXT, CONTEXT + UNFINISHED + 1) if previous > 2 * CONTEXT else ():
+                kept = self._window[-length:]
+                tail = self._decode(kept)
+                if tail and text.endswith(tail):
+                    self._window, self._shown = kept, tail
                     break
-
-    def _cut(self, text: str, cut: int) -> bool:
-        """Moves the start of the window if both parts decode to what they are together."""
-        head, tail = self._decode(self._window[:cut]), self._decode(self._window[cut:])
-        if head + tail != text or len(head) > len(self._shown):
-            return False
-        self._window = self._window[cut:]
-        self._shown = self._shown[len(head) :]
-        return True
+        elif len(self._window) > WINDOW:
+            # It goes on being no valid text: cut wherever both parts decode to what they are together.
+            for cut in range(len(self._window) - CONTEXT, 0, -1):
+                head, tail = self._decode(self._window[:cut]), self._decode(self._window[cut:])
+                if head + tail == text and len(head) <= len(self._shown):
+                    self._window, self._shown = self._window[cut:], self._shown[len(head) :]
+                    break
 
 
 class Match(NamedTuple):

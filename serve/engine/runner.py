@@ -41,7 +41,7 @@ class PagedRunner:
         self._windows = model.config.windows()
 
     def run(self, shares: Sequence[Share]) -> Forward:
-        """Computes the shares, whose blocks are allotted; the pages have their keys and values then (inference mode)."""
+        """Computes the shares, whose blocks are allotted, and fills their pages; call it in inference mode."""
         device = self.pages.device
         tokens: list[int] = []
         positions: list[int] = []

@@ -1,0 +1,151 @@
+"""A tiny model whose answers vary, and real servers on loopback ports: one for all tests, others on demand."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from lm import DecoderConfig, DecoderLM, pretrained
+from lm.tokenizer import Tokenizer, train_bpe
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ("the quick brown fox jumps over the lazy dog, and then it sleeps. ", "más ñandú, 你好 世界, 🎉🦊 naïve café. ")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_bpe([text * 4 for text in TEXTS], 340)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Tokenizer) -> DecoderLM:
+    """Random weights, large enough that the next token depends on the ones before. With grouped queries and a window."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        context=256,
+        layers=2,
+        width=64,
+        heads=4,
+        kv_heads=2,
+        window=24,
+        window_pattern="SL",
+    )
+    made = DecoderLM(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)
+    return made.eval()
+
+
+@pytest.fixture(scope="session")
+def folder(model: DecoderLM, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    pretrained.save(model, path, tokenizer=tokenizer)
+    return path
+
+
+class Server:
+    """A running `python -m serve`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self.log = process, port, log
+        self.url = f"http://127.0.0.1:{port}"
+
+    def post(self, path: str, **arguments: object) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=60, **arguments)  # type: ignore[arg-type]
+
+    def complete(self, **fields: object) -> dict:
+        response = self.post("/v1/completions", json=fields)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"vllm:{name}{{", f"vllm:{name} ")))
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def wait(self, seconds: float = 30) -> int:
+        return self.process.wait(seconds)
+
+
+Start = Callable[..., Server]
+
+
+def launch(folder: Path, log: Path, *flags: str) -> Server:
+    """Starts a server on a port that the system picks, and waits until it says that it is ready."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve", str(folder), "--port", "0", *flags],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.startswith("http://127.0.0.1:") and line.endswith("after the start."):
+                return Server(process, int(line.split()[0].rsplit(":", 1)[1]), log)
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"the server did not come up (exit status {process.wait()}):\n{log.read_text()[-3000:]}")
+
+
+def end(server: Server) -> None:
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(10)
+    if server.process.poll() is None:
+        server.process.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The one that most tests ask; it serves the names "tiny" and "also-tiny"."""
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    running = launch(folder, log, "--served-model-name", "tiny", "also-tiny", "--kv-cache-memory-bytes", "16M")
+    yield running
+    end(running)
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts servers with flags of a test's own; ends them with it."""
+    started: list[Server] = []
+
+    def starting(*flags: str) -> Server:
+        running = launch(folder, tmp_path / f"serve-{len(started)}.log", "--served-model-name", "tiny", *flags)
+        started.append(running)
+        return running
+
+    yield starting
+    for running in started:
+        end(running)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    """Whether the condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError, http.client.HTTPException):
+            if condition():
+                return True
+        time.sleep(0.02)
+    return False
