@@ -1,0 +1,31 @@
+"""`python -m lm VERB ...`: what can be done with a model folder without a server."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {"generate": "lm.generate"}  # each module has main(argv) -> exit status
+
+USAGE = """usage: python -m lm generate FOLDER PROMPT [options]
+
+generate   continue a prompt with a model folder, on the console
+(each verb explains its options with --help)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit status is its own, 2 for a verb that does not exist."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in VERBS:
+        return importlib.import_module(VERBS[argv[0]]).main(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    problem = f"{argv[0]} is not a verb; the verbs are {', '.join(VERBS)}." if argv else "a verb must come first."
+    print(f"{problem}\n\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
