@@ -148,8 +148,8 @@ class DecoderConfig:
         for name, options in (("activation", ACTIVATIONS), ("norm", NORMS), ("positions", POSITIONS)):
             check(getattr(self, name) in options, name, f"it must be one of {', '.join(options)}")
         check(0 < self.norm_eps < 1, "norm_eps", "it must lie between 0 and 1")
-        check(self.rope_theta > 0, "rope_theta", "it must be positive")
-        check(self.softcap is None or self.softcap > 0, "softcap", "it must be positive, or left out")
+        check(0 < self.rope_theta < math.inf, "rope_theta", "it must be positive")
+        check(self.softcap is None or 0 < self.softcap < math.inf, "softcap", "it must be positive, or left out")
         check(0 <= self.dropout < 1, "dropout", "it must be at least 0 and below 1")
         check(
             bool(self.window_pattern) and set(self.window_pattern) <= {"S", "L"},
