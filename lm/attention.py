@@ -29,7 +29,7 @@ def may_attend(
     if window is not None:
         mask &= distance < window
     if query_documents is not None and key_documents is not None:
-        mask &= query_documents.unsqueeze(-1) == key_documents.unsqueeze(-2)
+        mask = mask & (query_documents.unsqueeze(-1) == key_documents.unsqueeze(-2))  # may add a batch dimension
     return mask
 
 
