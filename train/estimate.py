@@ -65,10 +65,9 @@ def memory(recipe: Recipe, config: DecoderConfig, world: World, device: str) -> 
     total, shards = counts["total"], world.ranks if world.sharded else 1
     bf16 = recipe.train.dtype == "bf16"
     size = 2 if bf16 else 4
-    norms = 2 * config.width + (2 * config.dim if config.qk_norm else 0)
-    matrices = counts["layers"] - config.layers * norms
-    adam = total - matrices if recipe.optim.name == "muon" else total
     w, q, kv, inner = config.width, config.heads * config.dim, config.kv * config.dim, config.inner
+    matrices = config.layers * w * (2 * q + 2 * kv + (3 if config.activation == "swiglu" else 2) * inner)
+    adam = total - matrices if recipe.optim.name == "muon" else total
 
     # Of one token in one block. The residual stream and what enters a norm stay fp32.
     attention = 4 * w + size * (w + q + 2 * kv + q + kv + q)  # norm in, norm out; q, k, v; turned q, k; mixed

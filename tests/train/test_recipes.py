@@ -1,0 +1,142 @@
+"""The recipes and the launcher's files: each passes a dry run, explains its keys and says where it has not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm.pretrained import family_of
+from train.__main__ import main
+from train.config import SECTIONS, check_launch, load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+NAMES = [path.stem for path in RECIPES]
+HAVE_RUN = {"demo", "shakespeare-char", "cpu"}  # whatever else there is has not, and says so in its first line
+
+
+def keys_with_comments(path: Path) -> dict[str, str]:
+    """`section.key` -> the comment above it; a key directly below another shares that one's."""
+    found, section, comment, fresh = {}, "", "", False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := re.fullmatch(r"  # (.*)", line):
+            comment = f"{comment} {match[1]}" if fresh else match[1]
+            fresh = True
+        elif match := re.match(r"  (\w+):", line):
+            found[f"{section}.{match[1]}"] = comment
+            fresh = False
+        elif match := re.match(r"(\w+):", line):
+            section, comment, fresh = match[1], "", False
+    return found
+
+
+def test_there_are_the_recipes_that_the_project_promises() -> None:
+    assert set(NAMES) >= {"demo", "shakespeare-char", "shakespeare-char-gpu", "gpt2-124m", "llama-1b", "smollm-135m"}
+    assert {path.stem for path in LAUNCHERS} >= {"cpu", "gpu", "node-ddp", "node-fsdp2", "nodes-ddp", "nodes-fsdp2"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_dry_run_passes(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    status = main([str(path), "--dry-run"])
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    for line in ("parameters", "FLOPs", "memory", "steps", "text", "epochs", "time"):
+        assert re.search(rf"^{line} +\S", captured.out, re.MULTILINE), captured.out
+
+
+def test_a_dry_run_through_the_launcher_writes_nothing(tmp_path: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "-q", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
+    command = [sys.executable, *launcher, "-m", "train", str(ROOT / "configs/demo.yaml"), "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_every_key_is_explained_where_it_stands(path: Path) -> None:
+    explained = keys_with_comments(path)
+    written = {f"{section}.{key}" for section, keys in yaml.safe_load(path.read_text()).items() for key in keys}
+    assert set(explained) == written
+    assert [key for key, comment in explained.items() if len(comment) < 12] == []
+    assert load(path).run.dir == f"runs/{path.stem}"
+
+
+def test_the_demo_lists_every_key_with_its_true_default() -> None:
+    explained = keys_with_comments(ROOT / "configs/demo.yaml")
+    fields = {f"{name}.{field.name}": field for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    assert set(explained) == set(fields)
+    text = (ROOT / "configs/demo.yaml").read_text()
+    for key, field in fields.items():
+        if key in ("train.steps", "train.tokens", "data.text", "data.dataset", "run.dir"):
+            continue  # one of two, or made from the file's name
+        directly = re.search(rf"#[^\n]*\n  {key.partition('.')[2]}:", text)
+        assert directly, f"{key} has no comment of its own"
+        says = re.search(r"(No default|Default (\[.*?\]|[^\s:]+))", explained[key])
+        assert says, f"{key} does not say its default"
+        if says[1] == "No default":
+            assert field.default in (dataclasses.MISSING, None), key
+        else:
+            value = yaml.safe_load(says[2].rstrip("."))
+            value = {"none": (), "runs/NAME-OF-THIS-FILE": None}.get(value, value) if isinstance(value, str) else value
+            value = float(value) if isinstance(field.default, float) else value
+            assert (tuple(value) if isinstance(value, list) else value) == field.default, key
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *LAUNCHERS], ids=lambda path: path.stem)
+def test_what_has_not_run_on_its_hardware_says_so(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# unverified: ") == (path.stem not in HAVE_RUN)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "total", "family"),
+    [
+        ("gpt2-124m", 50257, 124_439_808, "GPT2LMHeadModel"),
+        ("smollm-135m", 49152, 134_515_008, "LlamaForCausalLM"),
+        ("llama-1b", 128_256, 1_235_814_400 + 128_256 * 2048, "LlamaForCausalLM"),
+        ("demo", 2048, None, "Qwen3ForCausalLM"),
+    ],
+)
+def test_shapes_are_the_models_they_are_named_after(name: str, vocab_size: int, total: int | None, family: str) -> None:
+    config = load(ROOT / f"configs/{name}.yaml").decoder_config(vocab_size)
+    assert total in (None, config.parameters()["total"])
+    assert family_of(config).architecture == family
+
+
+def test_budgets_are_kept() -> None:
+    small = load(ROOT / "configs/shakespeare-char.yaml")
+    assert small.decoder_config(66).parameters()["total"] <= 810_000
+    assert small.total_steps * small.train.batch_tokens == 1_536_000
+    assert small.model.context == 64
+    large = load(ROOT / "configs/shakespeare-char-gpu.yaml")
+    assert large.decoder_config(66).parameters()["total"] <= 10_800_000
+    assert large.total_steps * large.train.batch_tokens == 5_000 * 64 * 256
+
+
+def test_the_sharded_recipe_can_be_sharded() -> None:
+    check_launch(load(ROOT / "configs/llama-1b.yaml"), fsdp2=True)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_the_launcher_reads_its_files(path: Path) -> None:
+    from accelerate.commands.config import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no", "the recipe's train.dtype decides"
+    assert config.num_processes == (1 if path.stem in ("cpu", "gpu") else 8 * config.num_machines)
+    if "fsdp2" in path.stem:
+        from lm.decoder import Block
+
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == Block.__name__
