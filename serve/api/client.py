@@ -194,14 +194,16 @@ class EngineClient:
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Ends the engine process: by closing the socket and, after five seconds, by force."""
+        """Ends the engine process: by closing the socket; by force, if it is still loading or after five seconds."""
         if self._process is None:
             return
+        process = self._process
+        if self._reading is None:
+            process.kill()
         if self._writer is not None:
             self._writer.close()
         else:
             self._socket.close()
-        process = self._process
         try:
             await asyncio.to_thread(process.wait, 5)
         except subprocess.TimeoutExpired:

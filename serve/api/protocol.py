@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _valid(text: str) -> str:
+    """JSON can spell halves of surrogate pairs, which are no characters and which nothing after this could encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half of a surrogate pair at character {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_valid)]
 TokenId = Annotated[int, Field(ge=0, lt=2**63)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -26,8 +37,8 @@ class StreamOptions(Body):
 class CompletionRequest(Body):
     """POST /v1/completions. None means: the server's default (generation_config.json), else OpenAI's."""
 
-    model: str | None = None
-    prompt: list[TokenId] | list[list[TokenId]] | str | list[str] | None = None
+    model: Text | None = None
+    prompt: list[TokenId] | list[list[TokenId]] | Text | list[Text] | None = None
     max_tokens: Int64 | None = 16
     n: Int64 | None = 1
     temperature: float | None = None
@@ -38,7 +49,7 @@ class CompletionRequest(Body):
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = None
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[Int64] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -57,8 +68,8 @@ class CompletionRequest(Body):
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    request_id: str | None = None
-    user: str | None = None
+    request_id: Text | None = None
+    user: Text | None = None
 
     # Known and refused where set: see validation.REFUSED.
     suffix: str | None = None
@@ -79,8 +90,8 @@ class CompletionRequest(Body):
 class TokenizeRequest(Body):
     """POST /tokenize."""
 
-    model: str | None = None
-    prompt: str
+    model: Text | None = None
+    prompt: Text
     add_special_tokens: bool = True
     return_token_strs: bool | None = False
 
@@ -88,5 +99,5 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: list[TokenId]

@@ -62,7 +62,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(f"Port {port} on {host} is in use; choose another with --port.", 1) from None
-        raise StartError(f"Cannot bind {host}:{port}: {error.strerror or error}.", 1) from None
+        raise StartError(f"Cannot bind {host}:{port}: {error.strerror or error}.", 2) from None
     bound.setblocking(False)
     return bound
 
@@ -102,13 +102,12 @@ class _Life:
             self._hurried.set()  # the second one waits for nobody
 
     async def _start_and_serve(self) -> int:
-        connecting = asyncio.create_task(self._client.connect())
-        preparing = asyncio.create_task(asyncio.to_thread(_prepare, self._client.config.folder, self._config))
-        if not await _before(self._signalled, asyncio.gather(connecting, preparing, return_exceptions=True)):
-            return 0
+        preparing = asyncio.to_thread(_prepare, self._client.config.folder, self._config)
+        starting = asyncio.gather(self._client.connect(), preparing)  # the first error is the one that is told
         try:
-            ready = connecting.result()  # of two errors, the engine's sentence is the better one
-            tokenizer, defaults = preparing.result()
+            if not await _before(self._signalled, starting):
+                return 0
+            ready, (tokenizer, defaults) = starting.result()
         except EngineFailed as error:
             raise StartError(str(error), 2) from None
         server, serving = await self._listen(ready, tokenizer, defaults)
@@ -201,7 +200,8 @@ async def _before(event: asyncio.Event, work: asyncio.Future[Any]) -> bool:
     waiting.cancel()
     if not work.done():
         work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
         return False
     return True
 

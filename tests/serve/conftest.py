@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import subprocess
@@ -25,12 +24,14 @@ TEXTS = ("the quick brown fox jumps over the lazy dog, and then it sleeps. ", "m
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_bpe([text * 4 for text in TEXTS], 340)
+    trained = train_bpe([text * 4 for text in TEXTS], 340)
+    assert trained.vocab_size == 337  # tests of error sentences name it
+    return trained
 
 
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> DecoderLM:
-    """Random weights, large enough that the next token depends on the ones before. With grouped queries and a window."""
+    """Random weights, so large that the next token depends on those before; with grouped queries and a window."""
     torch.manual_seed(0)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -82,6 +83,15 @@ class Server:
     def wait(self, seconds: float = 30) -> int:
         return self.process.wait(seconds)
 
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.wait(10)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()
+
 
 Start = Callable[..., Server]
 
@@ -106,23 +116,19 @@ def launch(folder: Path, log: Path, *flags: str) -> Server:
     pytest.fail(f"the server did not come up (exit status {process.wait()}):\n{log.read_text()[-3000:]}")
 
 
-def end(server: Server) -> None:
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-    if server.process.poll() is None:
-        server.process.kill()
-        server.wait()
-
-
 @pytest.fixture(scope="session")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The one that most tests ask; it serves the names "tiny" and "also-tiny"."""
     log = tmp_path_factory.mktemp("log") / "serve.log"
     running = launch(folder, log, "--served-model-name", "tiny", "also-tiny", "--kv-cache-memory-bytes", "16M")
     yield running
-    end(running)
+    running.end()
+
+
+@pytest.fixture(scope="session")
+def launching() -> Start:
+    """For fixtures that start a server of their own; `start` is for tests."""
+    return launch
 
 
 @pytest.fixture
@@ -137,15 +143,4 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield starting
     for running in started:
-        end(running)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(httpx.TransportError, http.client.HTTPException):
-            if condition():
-                return True
-        time.sleep(0.02)
-    return False
+        running.end()

@@ -1,4 +1,4 @@
-"""The engine against the model run alone: the same tokens and probabilities whatever shares the batch, and faults that stay apart."""
+"""The engine against the model alone: the same tokens and probabilities whoever shares the batch; faults stay apart."""
 
 from __future__ import annotations
 

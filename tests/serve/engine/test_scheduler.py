@@ -22,9 +22,7 @@ def request(id: str, prompt: int) -> Request:
 class Machine(RuleBasedStateMachine):
     """Plays the engine: adds, aborts and steps; after a step every request that has caught up knows one token more."""
 
-    @initialize(
-        blocks=st.integers(3, 24), size=st.integers(1, 8), seats=st.integers(1, 6), budget=st.integers(1, 40)
-    )
+    @initialize(blocks=st.integers(3, 24), size=st.integers(1, 8), seats=st.integers(1, 6), budget=st.integers(1, 40))
     def begin(self, blocks: int, size: int, seats: int, budget: int) -> None:
         self.blocks = BlockManager(blocks, size)
         self.scheduler = Scheduler(self.blocks, max_num_seqs=seats, max_num_batched_tokens=budget)
@@ -86,7 +84,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def run_out(self) -> None:
-        """Everything that is known ends in a bounded number of steps, in the order of arrival where nobody is faster."""
+        """Everything that is known ends in a bounded number of steps, and leaves nothing behind."""
         tokens = sum(self.goals[r] for r in self.arrivals)
         for _ in range(10 * tokens * (1 + len(self.arrivals)) + 10):
             if not self.scheduler.has_work:

@@ -1,0 +1,194 @@
+"""What is refused, and how: OpenAI's error object, the right status, one sentence."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def refused(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["type"]) == (status, kind)
+    assert isinstance(error["message"], str)
+    assert 0 < len(error["message"]) < 4000
+    return error
+
+
+OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": 2.5}, "temperature", "temperature must be in [0, 2], got 2.5."),
+    ({"temperature": -1}, "temperature", "temperature must be in [0, 2], got -1.0."),
+    ({"top_p": 0}, "top_p", "top_p must be in (0, 1], got 0.0."),
+    ({"top_k": -2}, "top_k", "top_k must be 0 (disable), or at least 1, got -2."),
+    ({"min_p": 1.5}, "min_p", "min_p must be in [0, 1], got 1.5."),
+    ({"presence_penalty": 3}, "presence_penalty", "presence_penalty must be in [-2, 2], got 3.0."),
+    ({"frequency_penalty": -3}, "frequency_penalty", "frequency_penalty must be in [-2, 2], got -3.0."),
+    ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty must be"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1, got 0."),
+    ({"max_tokens": -5}, "max_tokens", "max_tokens must be at least 1, got -5."),
+    ({"max_tokens": 1000}, "max_tokens", "max_tokens=1000 cannot be greater than max_model_len=256."),
+    ({"min_tokens": 20}, "min_tokens", "min_tokens must be less than or equal to max_tokens=16, got 20."),
+    ({"n": 0}, "n", "n must be at least 1, got 0."),
+    ({"n": 10**9}, "n", "n must be at most 128, got 1000000000."),
+    ({"n": 2, "temperature": 0}, "n", "n must be 1 when using greedy sampling, got 2."),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "stop must have at most 4 strings, got 5."),
+    ({"stop": [""]}, "stop", "stop cannot contain an empty string."),
+    ({"stop_token_ids": [10**6]}, "stop_token_ids", "stop_token_ids [1000000] are out of the vocabulary"),
+    ({"logprobs": 25}, "logprobs", "Requested sample logprobs of 25, which is greater than max allowed: 20"),
+    ({"logprobs": -1}, "logprobs", "Requested sample logprobs of 337, which is greater than max allowed: 20"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "Requested prompt logprobs of 21"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "`prompt_logprobs` are not available when"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "Stream options can only be defined when"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has the key 'x'; keys must be token ids."),
+    ({"logit_bias": {"99999": 1}}, "logit_bias", "logit_bias has token ids [99999] out of the vocabulary"),
+    ({"suffix": "x"}, "suffix", "suffix is only supported for models with FIM completion rendering"),
+    ({"use_beam_search": True}, "use_beam_search", "use_beam_search is not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "response_format 'json_object' is not supported"),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "structured_outputs is not supported"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds", "prompt_embeds is not supported"),
+    ({"bad_words": ["x"]}, "bad_words", "bad_words is not supported"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids", "allowed_token_ids is not supported"),
+    ({"prompt": None}, "prompt", "Either prompt or prompt_embeds must be provided and non-empty."),
+    ({"prompt": ""}, "prompt", "Either prompt or prompt_embeds must be provided and non-empty."),
+    ({"prompt": []}, "prompt", "The decoder prompt cannot be empty"),
+    ({"prompt": [[]]}, "prompt", "The decoder prompt cannot be empty"),
+    ({"prompt": ["a", ""]}, "prompt", "The decoder prompt cannot be empty"),
+    ({"prompt": [337]}, "prompt", "Token id 337 is out of vocabulary"),
+    ({"prompt": ["a"] * 1025}, "prompt", "prompt list length 1025 exceeds the maximum"),
+    ({"prompt": [1] * 300}, "input_tokens", "This model's maximum context length is 256 tokens. However, your prompt"),
+    ({"prompt": [1] * 256}, "max_tokens", "max_tokens must be at least 1, got 0."),
+    ({"truncate_prompt_tokens": 1000}, "truncate_prompt_tokens", "truncate_prompt_tokens value (1000) is greater"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), OUT_OF_RANGE, ids=lambda value: str(value)[:40])
+def test_values_out_of_range(server, fields: dict[str, Any], param: str, message: str) -> None:
+    error = refused(server.post("/v1/completions", json={"prompt": "fox", **fields}), 400, "BadRequestError")
+    assert error["param"] == param
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**63]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"seed": 2**70}, "seed"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stop": 1}, "stop"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stream": "maybe"}, "stream"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"echo": []}, "echo"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_values_of_the_wrong_type(server, fields: dict[str, Any], param: str) -> None:
+    error = refused(server.post("/v1/completions", json={"prompt": "fox", **fields}), 400, "Bad Request")
+    assert error["param"] == param
+    assert "validation error" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"nonsense",
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+    ids=["empty", "open", "list", "word", "utf8", "deep", "deep-prompt"],
+)
+def test_bodies_that_are_no_request(server, body: bytes) -> None:
+    response = server.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == 400
+
+
+def test_numbers_that_json_should_not_have(server) -> None:
+    for value in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = f'{{"prompt": "fox", "temperature": {value}}}'
+        response = server.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400, response.text
+        assert "temperature" in response.json()["error"]["message"]
+    body = '{"prompt": "fox", "logit_bias": {"1": NaN}}'
+    assert server.post("/v1/completions", content=body, headers={"content-type": "application/json"}).status_code == 400
+
+
+def test_halves_of_surrogate_pairs(server) -> None:
+    headers = {"content-type": "application/json"}
+    for body in (
+        r'{"prompt": "\ud800"}',
+        r'{"prompt": "a", "stop": ["\udc00"]}',
+        r'{"prompt": "a", "model": "\ud800"}',
+    ):
+        response = server.post("/v1/completions", content=body, headers=headers)
+        assert response.status_code in (400, 404), response.text
+        assert response.json()["error"]["code"] == response.status_code
+
+
+def test_a_body_must_say_that_it_is_json(server) -> None:
+    response = server.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
+    error = refused(response, 400, "BadRequestError")
+    assert error["message"] == "Unsupported Media Type: Only 'application/json' is allowed"
+
+
+def test_what_does_not_exist(server) -> None:
+    error = refused(server.post("/v1/completions", json={"model": "no\n" * 500, "prompt": "a"}), 404, "NotFoundError")
+    assert error["param"] == "model"
+    assert "Valid aliases: tiny, also-tiny." in error["message"]
+    refused(server.post("/v1/nothing", json={}), 404, "NotFoundError")
+    refused(httpx.get(server.url + "/v1/models/nobody"), 404, "NotFoundError")
+    assert httpx.get(server.url + "/v1/completions").status_code == 405
+    for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/responses"):
+        refused(server.post(path, json={}), 501, "NotImplementedError")
+
+
+def test_a_big_body_gets_a_small_answer(server) -> None:
+    fields = {"prompt": ["x"] * 5 + [1] * 20_000}
+    response = server.post("/v1/completions", json=fields)
+    assert response.status_code == 400
+    assert len(response.content) < 5000
+
+
+def test_an_absurd_n_is_refused_at_once(server) -> None:
+    begin = time.monotonic()
+    refused(server.post("/v1/completions", json={"prompt": "a", "n": 10**9}), 400, "BadRequestError")
+    assert time.monotonic() - begin < 1
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+)
+FIELDS = [
+    "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop", "stop_token_ids", "min_tokens", "logprobs", "prompt_logprobs", "echo",
+    "logit_bias", "stream_options", "truncate_prompt_tokens", "skip_special_tokens", "ignore_eos", "return_token_ids",
+]  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_nothing_that_can_be_sent_is_a_server_error(server, fields: dict[str, Any]) -> None:
+    import json
+
+    body = json.dumps({"prompt": "fox", "max_tokens": 2, **fields})
+    response = server.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400), response.text
