@@ -1,0 +1,69 @@
+"""A family of small decoders that between them have every option, in the combinations that are in use and some that are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lm import DecoderConfig, DecoderLM
+
+BASE: dict[str, Any] = {"vocab_size": 50, "context": 48, "layers": 2, "width": 32, "heads": 4}
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biased": {"bias": True, "tie_embeddings": False, "rope_theta": 5e4, "kv_heads": 2},
+    "qwen3": {"qk_norm": True, "kv_heads": 2, "head_dim": 16, "norm_eps": 1e-6},
+    "qwen3-one-kv-head": {"qk_norm": True, "kv_heads": 1, "tie_embeddings": False},
+    "gpt2": {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh"},
+    "sinusoidal": {"positions": "sinusoidal", "norm": "layer", "activation": "gelu", "tie_embeddings": False},
+    "no-positions": {"positions": "none", "activation": "relu2", "softcap": 5.0, "kv_heads": 2},
+    "windows": {"window": 5, "window_pattern": "SL", "qk_norm": True, "kv_heads": 2, "activation": "relu2"},
+    "windows-only": {"window": 3, "window_pattern": "S", "positions": "learned", "bias": True, "activation": "gelu"},
+    "everything": {
+        "window": 4,
+        "window_pattern": "LS",
+        "norm": "layer",
+        "qk_norm": True,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "mlp_width": 40,
+        "bias": True,
+        "tie_embeddings": False,
+        "softcap": 3.0,
+    },
+}
+
+
+def build(**options: Any) -> DecoderLM:
+    """A decoder in eval mode whose norms and biases are no ones and zeros, so that leaving one out would show."""
+    torch.manual_seed(0)
+    model = DecoderLM(DecoderConfig(**(BASE | options))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=sorted(FAMILY))
+def config(request: pytest.FixtureRequest) -> DecoderConfig:
+    """Each shape of the family in turn."""
+    return DecoderConfig(**(BASE | FAMILY[request.param]))
+
+
+@pytest.fixture(params=sorted(FAMILY))
+def model(request: pytest.FixtureRequest) -> DecoderLM:
+    """A decoder of each shape of the family in turn."""
+    return build(**FAMILY[request.param])
+
+
+@pytest.fixture
+def make():
+    """make(**options) -> a decoder as `model`'s, of the base shape with these options."""
+    return build
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """int64 [3, 24]."""
+    return torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(1))
