@@ -1,7 +1,9 @@
-"""A family of small decoders that between them have every option, in the combinations that are in use and some that are not."""
+"""A family of small decoders that between them have every option, in combinations that are in use and others."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -57,10 +59,16 @@ def model(request: pytest.FixtureRequest) -> DecoderLM:
     return build(**FAMILY[request.param])
 
 
-@pytest.fixture
-def make():
+@pytest.fixture(scope="session")
+def make() -> Callable[..., DecoderLM]:
     """make(**options) -> a decoder as `model`'s, of the base shape with these options."""
     return build
+
+
+@pytest.fixture(scope="session")
+def named() -> Callable[[str], DecoderLM]:
+    """named(name) -> the family's decoder of that name, made once; a test must not change it."""
+    return cache(lambda name: build(**FAMILY[name]))
 
 
 @pytest.fixture
