@@ -37,7 +37,7 @@ class RecipeError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     dir: str  # load() fills in runs/NAME-OF-THE-RECIPE
-    seed: Natural = 1337
+    seed: Annotated[int, Range(least=0, below=2**32)] = 1337
     resume: Literal["auto", "never", "must"] = "auto"
 
 
@@ -245,10 +245,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is written twice", key.start_mark)
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is written twice", key.start_mark)
             if key.tag != "tag:yaml.org,2002:merge":
-                seen.add(str(key.value))
+                seen.add(name)
         return super().construct_mapping(node, deep)
 
 

@@ -158,22 +158,19 @@ def main_dry_run(recipe: Recipe) -> list[str]:
 
 def _look(recipe: Recipe) -> tuple[Count, int, str]:
     """The training tokens and the vocabulary's size, as far as known without preparing; a note about the latter."""
-    tokenizer = recipe.tokenizer
+    tokenizer, given = recipe.tokenizer, load_tokenizer(recipe)
     try:
-        prepared = find(recipe)
-        source = open_sources(recipe)[0]
+        prepared, source = find(recipe), open_sources(recipe)[0]
     except RecipeError as error:
         prepared, source = None, None
         missing = " ".join(error.problems)
-        if tokenizer.kind == "folder":
-            load_tokenizer(recipe)  # raises, where that is what is wrong
     if prepared is not None:
         where = "prepared"
         if prepared.validation is not None:
             where += f", with {len(prepared.validation):,} for validation"
         return Count(len(prepared.train), where), prepared.tokenizer.vocab_size, ""
-    if tokenizer.kind == "folder":
-        vocab_size, note = load_tokenizer(recipe).vocab_size, ""
+    if given is not None:
+        vocab_size, note = given.vocab_size, ""
     elif tokenizer.kind == "bpe":
         assert tokenizer.vocab_size is not None
         vocab_size, note = tokenizer.vocab_size, ""

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from lm.tokenizer import END_OF_TEXT_CHARACTER, Tokenizer, TokenizerError, train_bpe, train_characters
 from train import shards
@@ -56,19 +55,19 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
 
     Every rank may call this: one builds, the others wait. `progress`: a bar on a terminal, and one line at the end.
     """
-    source, held = open_sources(recipe)
+    source, held, given = _inputs(recipe)
     cache = Path(recipe.data.cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "hashes.json")
-        fingerprint = _fingerprint(recipe, source, held, hashes)
+        fingerprint = _fingerprint(recipe, source, held, given, hashes)
         folder = cache / fingerprint[:16]
         prepared = _open(folder, fingerprint)
         if prepared is None:
             with _lock(cache / f"{folder.name}.lock"):
                 prepared = _open(folder, fingerprint)  # another process may have built it meanwhile
                 if prepared is None:
-                    _build(recipe, source, held, fingerprint, folder, progress)
+                    _build(recipe, source, held, given, fingerprint, folder, progress)
                     prepared = _open(folder, fingerprint)
         hashes.save()
     except OSError as error:
@@ -80,27 +79,43 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
 
 def find(recipe: Recipe) -> Prepared | None:
     """The recipe's tokens if they are prepared; writes nothing. Raises RecipeError for a text that is not there."""
-    source, held = open_sources(recipe)
+    source, held, given = _inputs(recipe)
     cache = Path(recipe.data.cache)
-    fingerprint = _fingerprint(recipe, source, held, FileHashes(cache / "hashes.json"))
+    fingerprint = _fingerprint(recipe, source, held, given, FileHashes(cache / "hashes.json"))
     return _open(cache / fingerprint[:16], fingerprint)
 
 
-def load_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer in `tokenizer.folder`. Raises RecipeError."""
+def _inputs(recipe: Recipe) -> tuple[Source, Source | None, Tokenizer | None]:
+    """The texts, and the tokenizer if it is given. Raises RecipeError with all that is wrong with them."""
+    problems = []
+    try:
+        source, held = open_sources(recipe)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        given = load_tokenizer(recipe)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return source, held, given
+
+
+def load_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """The tokenizer in `tokenizer.folder`; None where one is to be learned. Raises RecipeError."""
     folder = recipe.tokenizer.folder
-    assert folder is not None
+    if folder is None:
+        return None
     try:
         return Tokenizer.load(folder)
     except TokenizerError as error:
         raise RecipeError([f"tokenizer.folder is {show(folder)}: {error}"]) from None
 
 
-def _fingerprint(recipe: Recipe, source: Source, held: Source | None, hashes: FileHashes) -> str:
-    tokenizer: dict[str, Any] = {"kind": recipe.tokenizer.kind, "vocab_size": recipe.tokenizer.vocab_size}
-    if recipe.tokenizer.folder is not None:
-        loaded = load_tokenizer(recipe)
-        tokenizer["content"] = [loaded.fingerprint(), loaded.eos_id]
+def _fingerprint(
+    recipe: Recipe, source: Source, held: Source | None, given: Tokenizer | None, hashes: FileHashes
+) -> str:
+    tokenizer = [recipe.tokenizer.kind, recipe.tokenizer.vocab_size, given and [given.fingerprint(), given.eos_id]]
     identity = {
         "format": FORMAT,
         "text": source.identity(hashes),
@@ -151,7 +166,15 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(recipe: Recipe, source: Source, held: Source | None, fingerprint: str, folder: Path, progress: bool) -> None:
+def _build(
+    recipe: Recipe,
+    source: Source,
+    held: Source | None,
+    given: Tokenizer | None,
+    fingerprint: str,
+    folder: Path,
+    progress: bool,
+) -> None:
     began = time.monotonic()
     aside = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed: the lock is ours
@@ -164,7 +187,7 @@ def _build(recipe: Recipe, source: Source, held: Source | None, fingerprint: str
         if share is not None and not source.many:
             with bar("reading", source.size, source.unit, progress) as update:
                 mark = int(share * sum(len(piece.text) for piece in _watched(source, update)))
-        tokenizer = _tokenizer(recipe, source, share, mark, progress)
+        tokenizer = given or _learn(recipe, source, share, mark, progress)
         tokenizer.save(aside / "tokenizer")
         writer = shards.Writer(aside, tokenizer, source.many)
         with bar("tokenising", source.size, source.unit, progress) as update:
@@ -195,10 +218,8 @@ def _build(recipe: Recipe, source: Source, held: Source | None, fingerprint: str
         )
 
 
-def _tokenizer(recipe: Recipe, source: Source, share: Fraction | None, mark: int | None, progress: bool) -> Tokenizer:
-    """The recipe's tokenizer: loaded, or learned from what trains."""
-    if recipe.tokenizer.folder is not None:
-        return load_tokenizer(recipe)
+def _learn(recipe: Recipe, source: Source, share: Fraction | None, mark: int | None, progress: bool) -> Tokenizer:
+    """A tokenizer of the recipe's kind, from what trains: `share` of the source, or its first `mark` characters."""
 
     def texts(most: int | None, until: Fraction | None) -> Iterator[str]:
         """The text up to `most` characters, up to `until` of the source's size."""

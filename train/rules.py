@@ -34,6 +34,9 @@ def check(v: Mapping[str, Any], bad: set[str], problems: list[str]) -> None:
             )
     if known("data.text", "data.dataset", "data.dataset_config", "data.split", "data.streaming", "data.separator"):
         problems.extend(_source(v))
+    for key in ("run.dir", "data.cache"):
+        if known(key) and not v[key]:
+            problems.append(f'{key} is ""; it must name a folder.')
     if known("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.folder"):
         problems.extend(_tokenizer(v))
     if known("eval.every", "eval.prompts", "data.validation"):

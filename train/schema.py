@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 class Range:
     """The bounds of a number: `least` <= value, `above` < value, value <= `most`, value < `below`."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    least: int | None = None
+    above: int | None = None
+    most: int | None = None
+    below: int | None = None
 
     def admits(self, value: float) -> bool:
         return (
@@ -36,7 +36,7 @@ class Range:
 
     def __str__(self) -> str:
         words = (("of at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        return " and ".join(f"{word} {bound:g}" for word, bound in words if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
 class Mismatch(Exception):

@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -93,8 +94,8 @@ class Files:
 
     def identity(self, hashes: FileHashes) -> Any:
         """What decides the tokens: the content of the files in their order, not where they are."""
-        text_key = self.text_key if any(map(_holds_rows, self.paths)) else None
-        return {"files": [hashes.of(path) for path in self.paths], "separator": self.separator, "text_key": text_key}
+        files = [[hashes.of(path), path.suffix == ".gz", _holds_rows(path) and self.text_key] for path in self.paths]
+        return {"files": files, "separator": self.separator}
 
     def pieces(self) -> Iterator[Piece]:
         read = 0
@@ -229,7 +230,7 @@ class FileHashes:
     """
 
     def __init__(self, memory: Path | None):
-        self._memory = memory
+        self._memory, self._new = memory, False
         try:
             self._known: dict[str, list[Any]] = json.loads(memory.read_text()) if memory else {}
         except (OSError, ValueError):
@@ -247,11 +248,15 @@ class FileHashes:
         except OSError as error:
             raise RecipeError([f"{path} cannot be read: {error.strerror}."]) from None
         self._known[name] = [*mark, digest]
+        self._new = True
         return digest
 
     def save(self) -> None:
-        if self._memory is not None:
-            aside = self._memory.with_suffix(f".{os.getpid()}")
+        """Keep what is new, where that can be written: it only saves time."""
+        if self._memory is None or not self._new:
+            return
+        aside = self._memory.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):
             aside.write_text(json.dumps(self._known, indent=0))
             os.replace(aside, self._memory)
 

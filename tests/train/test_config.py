@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,8 @@ REFUSED = [
     ("data.validation=1.5", "data.validation is 1.5; it must be a number above 0 and below 1 or text or null."),
     ("data.validation=0", "data.validation is 0; it must be"),
     ("run.dir=3", "run.dir is 3; it must be text."),
-    ("run.seed=-1", "run.seed is -1; it must be a whole number of at least 0."),
+    ("run.seed=-1", "run.seed is -1; it must be a whole number of at least 0 and below 4294967296."),
+    ("run.dir=''", 'run.dir is ""; it must name a folder.'),
     ("eval.prompts=3", "eval.prompts is 3; it must be a list of which each is text."),
     ("data.text={a: b}", 'data.text is {"a": "b"}; it must be a list of which each is text or null.'),
     ("schedule.floor=2", "schedule.floor is 2; it must be a number of at least 0 and at most 1."),
@@ -177,6 +179,31 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read" in problems(tmp_path / "latin.yaml")[0]
 
 
+@given(data=st.data())
+def test_no_file_makes_a_traceback(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The demo's recipe with a few characters changed reads as a recipe or gets its sentences."""
+    text = re.sub(r"(?m)^ *#.*\n", "", (ROOT / "configs/demo.yaml").read_text())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(text)))
+        new = data.draw(st.text(alphabet="[]{}:,-?!&*#|>'\"%@`~ \n\t01ex", max_size=3))
+        text = text[:place] + new + text[place + data.draw(st.integers(0, 3)) :]
+    path = write(tmp_path_factory.mktemp("mutated"), text)
+    try:
+        load(path)
+    except RecipeError as error:
+        broken = [problem for problem in error.problems if "\n" in problem]
+    else:
+        broken = []
+    assert broken == []
+
+
+@pytest.mark.parametrize(
+    "text", ["? [a, b]\n: 1\n", "? {a: b}\n: 1\n", "run: &a [*a]\n", "1: {2: 3}\n", "run: {? [x] : 1}\n"]
+)
+def test_strange_yaml_gets_a_sentence(tmp_path: Path, text: str) -> None:
+    assert problems(write(tmp_path, text))
+
+
 def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, {**GOOD, "run": {"dir": str(tmp_path / "run")}, "optim": {"lrr": 1, "eps": -1}})
     command = [sys.executable, "-m", "train", str(path), "train.batch_tokens=650"]
@@ -265,7 +292,7 @@ changes = st.fixed_dictionaries(
     {},
     optional={
         "run.dir": st.text(min_size=1, max_size=12),
-        "run.seed": st.integers(0, 2**63),
+        "run.seed": st.integers(0, 2**32 - 1),
         "run.resume": st.sampled_from(["auto", "never", "must"]),
         "data.separator": st.none() | st.text(min_size=1, max_size=5),
         "data.validation": st.none() | st.floats(1e-9, 0.999) | st.text(min_size=1, max_size=9),

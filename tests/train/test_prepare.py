@@ -411,7 +411,7 @@ from train.config import load
 moment = sys.argv[2]
 def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
-if moment == "tokenizer": prepare._tokenizer = die
+if moment == "tokenizer": prepare._learn = die
 if moment == "tokens": shards.Writer._append = die
 if moment == "meta": shards.Writer.finish = die
 if moment == "rename": os.replace = die
@@ -571,7 +571,9 @@ def test_one_document_has_no_end_to_hold_out(tmp_path: Path) -> None:
 
 
 def test_missing_text_and_validation_are_said_together(tmp_path: Path) -> None:
-    assert len(problems(tmp_path, "data.text=[none.txt, no*.txt]", "data.validation=nothing.txt")) == 3
+    given = ["data.text=[none.txt, no*.txt]", "data.validation=nothing.txt"]
+    given += ["tokenizer.kind=folder", "tokenizer.folder=none"]
+    assert len(problems(tmp_path, *given, tokenizer="")) == 4
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
