@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     text = options.text.resolve() if options.text else None
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     children: list[subprocess.Popen] = []
     try:
         _demo(options, text, children)
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 2 if isinstance(error, RecipeError) else 1
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where this one ended.")
+        print("\nStopping.", flush=True)
+        for child in children:
+            end(child)
+        print("Stopped. The same command goes on where this one ended.")
         return 130
     finally:
         for child in children:
@@ -100,14 +104,13 @@ def train(command: Sequence[str], children: list[subprocess.Popen]) -> None:
     # The launcher of this very environment, whatever is first on the PATH.
     # OMP_NUM_THREADS only keeps the launcher from guessing it aloud: the trainer sets its threads itself.
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ}
-    child = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *command[2:]], env=environment)
+    # A process group of its own, so that Ctrl-C reaches this process alone: the launcher would die of it at once, and
+    # leave a trainer that is still writing its checkpoint.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *command[2:]], env=environment, process_group=0
+    )
     children.append(child)
-    try:
-        status = child.wait()
-    except KeyboardInterrupt:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(30)  # it got the same Ctrl-C and is writing its checkpoint
-        raise
+    status = child.wait()
     if status:
         raise DemoError(f"The training ended with exit status {status}; what it said is above.")
 
@@ -199,20 +202,27 @@ def serve_on(server: subprocess.Popen, log: Path) -> None:
 
 
 def end(child: subprocess.Popen, seconds: float = 30) -> None:
-    """Ends a child and all that it started: asked first (a trainer writes a checkpoint), killed after `seconds`."""
+    """Ends a child and all that it started: asked first (a trainer writes a checkpoint), killed after `seconds`, or at
+    once by a second Ctrl-C."""
     import psutil
 
-    try:
-        family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for process in reversed(family):
-        with suppress(psutil.NoSuchProcess):
+    asked: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            # A child with a group of its own is the launcher, which passes no signal on: its trainers are asked too.
+            if process.pid == child.pid or os.getpgid(process.pid) == child.pid:
+                asked.append(process)
+    family = set(asked)
+    for process in asked:
+        with suppress(psutil.Error):
+            family.update(process.children(recursive=True))
             process.terminate()
-    _, left = psutil.wait_procs(family, timeout=seconds)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    try:
+        psutil.wait_procs(family, timeout=seconds)
+    finally:
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def free_port() -> int:

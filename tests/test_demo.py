@@ -109,15 +109,17 @@ def test_again_it_serves_what_is_there_until_ctrl_c(trained: Path) -> None:
     assert (trained / "run" / "metrics.jsonl").read_text() == rows
 
 
-def test_sigterm_while_training_ends_every_child_in_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_training_ends_every_child_in_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, "--once", "train.steps=100000", "eval.every=100000")
     wait_for(tmp_path, "step 4/100000", process)
     children = family(process)
     assert len(children) >= 2  # the launcher and the trainer
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    os.killpg(process.pid, number)  # as a terminal would: to all of the group
+    assert process.wait(60) == 128 + number
+    assert psutil.wait_procs(children, timeout=1)[1] == []
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
+    assert "Traceback" not in said(tmp_path)
 
 
 def test_a_wrong_key_is_one_sentence_and_exit_status_2(tmp_path: Path) -> None:
