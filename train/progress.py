@@ -1,11 +1,22 @@
-"""What a training run says on the console: a bar where there is a terminal, a line for each log row where there is none."""
+"""What a training run says on the console: a bar where there is a terminal, else a line for each log row."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+
+class Bar(Progress):
+    """A bar with the figures on a line of their own, so that both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
 
 
 class Say:
@@ -14,12 +25,11 @@ class Say:
     def __init__(self, main: bool, steps: int, done: int):
         self.main = main
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
         if main and self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), console=self.console
-            )
-            self.task = self.bar.add_task("train", total=steps, completed=done, line="")
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+            self.bar = Bar(*columns, console=self.console)
+            self.task = self.bar.add_task("train", total=steps, completed=done, line="", left="")
             self.bar.start()
 
     def sentence(self, text: str) -> None:
@@ -41,12 +51,12 @@ class Say:
             f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
             f"{row['memory_gib']:.2f} GiB",
             f"data {row['data_wait']:.1%}",
-            f"{clock(left)} left",
         ]
+        remaining = f"{clock(left)} left"
         if self.bar is not None:
-            self.bar.update(self.task, completed=row["step"], line=" | ".join(parts))
+            self.bar.update(self.task, completed=row["step"], line="  ".join(parts), left=remaining)
         elif self.main:
-            self.console.print(f"step {row['step']}/{steps} | " + " | ".join(parts), markup=False)
+            self.console.print(f"step {row['step']}/{steps} | " + " | ".join([*parts, remaining]), markup=False)
 
     def close(self) -> None:
         if self.bar is not None:
