@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lm.attention import Attend, CausalAttend
 from lm.config import DecoderConfig
 from lm.layers import MLP, RMSNorm, make_norm
-from lm.linear import Linear
+from lm.linear import Linear, linear
 from lm.loss import IGNORE, head_loss
 from lm.positions import rotary_table, rotate, sinusoidal_table
 from lm.state import CacheAttend, DecoderState
@@ -147,7 +147,7 @@ class DecoderLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]."""
-        out = F.linear(hidden, self.output_weight)
+        out = linear(hidden, self.output_weight)
         if self.config.softcap is not None:
             out = self.config.softcap * torch.tanh(out / self.config.softcap)
         return out

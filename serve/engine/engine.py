@@ -153,9 +153,8 @@ class Engine:
 
         outputs: list[Output] = []
         going: list[int] = []  # rows of the logits that a token is drawn from
-        sound = torch.isfinite(forward.logits.sum(dim=-1)).tolist()
         for row, share in enumerate(forward.shares):
-            if not sound[row]:
+            if not forward.sound[row]:
                 self.pages.clear(share.request.table)
                 outputs.append(self._fail(share.request, NOT_A_NUMBER))
             elif share.request.generate:

@@ -89,7 +89,10 @@ class _Singles:
     """Rows with one query each whose tables are of similar length."""
 
     def __init__(self, rows: list[int], shares: list[Share], size: int, device: torch.device) -> None:
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        # As decoding rows come first and mostly are of one length, they mostly are a slice, which copies nothing.
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
+        self.rows: slice | Tensor = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
+        self._device = device
         self._shares = shares
         self._size = size
         self._views: dict[int | None, _View] = {}
@@ -100,7 +103,7 @@ class _Singles:
         return self._views[window]
 
     def _make(self, window: int | None) -> _View:
-        size, device = self._size, self.rows.device
+        size, device = self._size, self._device
         positions = [share.start for share in self._shares]
         firsts = [0 if window is None else max(0, p - window + 1) // size for p in positions]
         needed = [
@@ -165,18 +168,20 @@ class PagedAttend:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self._windows[layer]
         self._pages.write(layer, self._slots, k, v)
+        if len(self._singles) == 1 and not self._chunks:  # the usual step: everybody decodes
+            return self._decode(layer, self._singles[0], q, window)
         out = torch.empty_like(q)
         for singles in self._singles:
-            view = singles.view(window)
-            keys, values = self._pages.gather(layer, view.tables)
-            grouped = q[singles.rows].unflatten(1, (keys.shape[0], -1))  # [R, KV, H / KV, D]
-            mixed = F.scaled_dot_product_attention(
-                grouped, keys.transpose(0, 1), values.transpose(0, 1), attn_mask=view.mask
-            )
-            out[singles.rows] = mixed.flatten(1, 2)
+            out[singles.rows] = self._decode(layer, singles, q[singles.rows], window)
         for chunk in self._chunks:
             out[chunk.begin : chunk.end] = self._prefill(layer, chunk, q, k, v, window)
         return out
+
+    def _decode(self, layer: int, singles: _Singles, q: Tensor, window: int | None) -> Tensor:
+        view = singles.view(window)
+        keys, values = (x.transpose(0, 1) for x in self._pages.gather(layer, view.tables))  # [R, KV, S, D]
+        grouped = q.unflatten(1, (keys.shape[1], -1))  # [R, KV, H / KV, D]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask).flatten(1, 2)
 
     def _prefill(self, layer: int, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         heads = k.shape[1]

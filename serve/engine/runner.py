@@ -29,6 +29,7 @@ class Forward(NamedTuple):
 
     shares: list[Share]
     logits: Tensor
+    sound: list[bool]  # whether a row is made of numbers
     prompts: Iterator[PromptLogits]
 
 
@@ -61,8 +62,9 @@ class PagedRunner:
             if share.catches_up:
                 caught_up.append(share)
                 last.append(row - 1)
-        logits = self.model.logits(hidden[last]).float() if last else hidden.new_empty((0, 0), dtype=torch.float32)
-        return Forward(caught_up, logits, self._prompt_logits(shares, hidden))
+        final = hidden[last]
+        sound = torch.isfinite(final.float().sum(dim=-1)).tolist()
+        return Forward(caught_up, self.model.logits(final).float(), sound, self._prompt_logits(shares, hidden))
 
     def _prompt_logits(self, shares: Sequence[Share], hidden: Tensor) -> Iterator[PromptLogits]:
         row = 0
