@@ -50,7 +50,7 @@ format: $(STAMP) ## let ruff put the source in form
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench-char: $(STAMP) ## loss on Tiny Shakespeare by characters, beside nanoGPT's recipe
+bench-char: $(STAMP) ## loss on Tiny Shakespeare by characters, beside nanoGPT (NANOGPT=DIR, a clone of it)
 	$(PY) -m bench.char
 
 bench-train: $(STAMP) ## training speed beside transformers.Trainer

@@ -38,9 +38,11 @@ def rewrite(text: str, found: list[dict[str, Any]]) -> str:
 
 
 def _summary(found: list[dict[str, Any]]) -> str:
-    rows = ["| benchmark | " + "result | ratio | machine |", "| --- | --- | --- | --- |"]
+    rows = ["| benchmark | result | ratio | machine |", "| --- | --- | --- | --- |"]
     for result in found:
-        sides = "; ".join(f"{name} {_value(side)}" for name, side in result["sides"].items())
+        sides = "; ".join(
+            f"{name} {_number(_middle(result, side))} {side['unit']}" for name, side in result["sides"].items()
+        )
         rows.append(f"| {result['benchmark']} | {sides} | {_ratio(result)} | {result['machine']} |")
     return "\n".join(rows) + "\n"
 
@@ -51,19 +53,23 @@ def _full(found: list[dict[str, Any]]) -> str:
         lines = [f"### {result['benchmark']}", ""]
         if "note" in result:
             lines += [result["note"], ""]
-        lines += ["| side | mean | unit | samples |", "| --- | --- | --- | --- |"]
+        lines += [f"| side | {_statistic(result)} | unit | samples |", "| --- | --- | --- | --- |"]
         for name, side in result["sides"].items():
             samples = ", ".join(_number(sample) for sample in side["samples"])
-            lines.append(f"| {name} | {_number(statistics.fmean(side['samples']))} | {side['unit']} | {samples} |")
+            lines.append(f"| {name} | {_number(_middle(result, side))} | {side['unit']} | {samples} |")
         lines += ["", f"Ratio: {_ratio(result)}. Machine: {result['machine']}. Date: {result['date']}."]
         lines += ["", "```bash", result["command"], "```", ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
 
 
-def _value(side: dict[str, Any]) -> str:
-    """The mean of a side's samples with its unit."""
-    return f"{_number(statistics.fmean(side['samples']))} {side['unit']}"
+def _statistic(result: dict[str, Any]) -> str:
+    """How a side's samples are summed up: "mean" or "median"."""
+    return result.get("statistic", "mean")
+
+
+def _middle(result: dict[str, Any], side: dict[str, Any]) -> float:
+    return float(getattr(statistics, _statistic(result))(side["samples"]))
 
 
 def _ratio(result: dict[str, Any]) -> str:

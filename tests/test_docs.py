@@ -147,6 +147,7 @@ def test_the_figures_are_made_from_the_raw_samples() -> None:
         "machine": "two cores",
         "command": "make bench-speed",
         "date": "2026-01-01",
+        "statistic": "median",
         "sides": {
             "ours": {"samples": [3000.0, 5000.0], "unit": "tokens/s"},
             "theirs": {"samples": [2000], "unit": "tokens/s"},
