@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# A property that is true stays true on a machine that is busy with something else.
+hypothesis.settings.register_profile("heed", deadline=None)
+hypothesis.settings.load_profile("heed")
 
 SENTENCES = (
     "Before we proceed any further, hear me speak.",
