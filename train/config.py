@@ -177,7 +177,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """A document that load() reads back as an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)  # ASCII: PyYAML lets some line ends through unescaped
 
 
 SECTIONS: dict[str, type] = {
