@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -20,6 +20,7 @@ from serve.api.http import EventStream, Gate, while_connected
 from serve.api.metrics import Metrics
 from serve.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serve.api.validation import Model
+from serve.engine.requests import children
 from serve.errors import InvalidRequest, NotBuilt, Overloaded
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
@@ -89,40 +90,31 @@ def create_app(
 
     @app.post("/v1/completions", dependencies=[Depends(only_json)])
     async def completions(body: CompletionRequest, request: Request) -> Any:
-        job = await validation.completion(body, model)
-        answer = Answer(f"cmpl-{_request_id(body, request)}", body, job, model, fingerprint)
         try:
+            client.admit(validation.sequences(body))  # before any work is done for it
+            job = await validation.completion(body, model)
+            work = zip(job.prompts, job.params, strict=True)
             group = client.submit(
-                [
-                    (p.ids, child)
-                    for p, params in zip(job.prompts, job.params, strict=True)
-                    for child in job.children(params)
-                ],
+                [(prompt.ids, child) for prompt, params in work for child in children(params, job.n)],
                 generate=job.generate,
             )
         except Overloaded:
             metrics.rejected.inc()
             raise
         metrics.request(job.n, body.max_tokens)
+        answer = Answer(f"cmpl-{_request_id(body, request)}", body, job, model, fingerprint)
 
-        async def stream() -> AsyncIterator[dict[str, Any]]:
-            with group:
-                async for chunk in answer.chunks(group):
-                    yield chunk
-            finished()
-
-        async def whole() -> dict[str, Any]:
-            with group:
-                return await answer.whole(group)
-
-        def finished() -> None:
+        def leave() -> None:
+            group.close()
             if log_requests:
                 log.info("%s", _line(answer, group))
 
         if body.stream:
-            return EventStream(stream())
-        content = await while_connected(request, whole())
-        finished()
+            return EventStream(answer.chunks(group), leave)
+        try:
+            content = await while_connected(request, answer.whole(group))
+        finally:
+            leave()
         return Response(status_code=499) if content is None else json_response(content)
 
     # ---------------------------------------------------------------- tokens

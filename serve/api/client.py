@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
 
 import msgspec
 
@@ -15,6 +15,8 @@ from lm.params import SamplingParams
 from serve.engine.messages import Abort, Add, EngineConfig, Failed, FromEngine, Output, Ready, Stats, Step
 from serve.engine.process import HEADER, frame, spawn
 from serve.errors import EngineDead, GenerationFailed, InvalidRequest, Overloaded, ServeError
+
+log = logging.getLogger("heed.serve")
 
 DIED = "The engine process has ended unexpectedly; the server is stopping."
 DRAINING = "The server is shutting down and takes no new requests."
@@ -40,7 +42,7 @@ class Member:
 
 
 class Group:
-    """The sequences of one HTTP request. As a context manager it aborts, when left, those that have not ended.
+    """The sequences of one HTTP request; `close` aborts those that have not ended.
 
     Iterating gives (index, output) until every sequence has given its last; what piled up while nobody read comes as
     one. Raises GenerationFailed or EngineDead.
@@ -77,12 +79,7 @@ class Group:
             if self._failure is not None:
                 raise self._failure
 
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._client.abort(self.members)
 
 
@@ -230,10 +227,13 @@ class EngineClient:
                     if member is not None:  # None: aborted while this was under way
                         self._deliver(member, output)
                 self.on_step(step)
-        except EngineDead as error:
+        except Exception as error:
+            # The engine's end, or a fault of ours in reading it: nobody would ever be answered again.
+            if not isinstance(error, EngineDead):
+                log.error("unforeseen error in reading the engine's outputs", exc_info=error)
             self.dead.set()
             for group in {member.group for member in self._members.values()}:
-                group.fail(error)
+                group.fail(EngineDead(DIED))
             self._members.clear()
             self._idle.set()
 

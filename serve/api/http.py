@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -98,15 +98,19 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
 class EventStream(Response):
     """An ASGI response of server-sent events: each item as JSON, then [DONE].
 
-    The generator is closed when the client goes.
+    `leave` is called when all is sent or the client has gone, whichever comes first, and even if nothing was sent.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any]], leave: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream")
         self._events = events
+        self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _race(receive, self._send(send))
+        try:
+            await _race(receive, self._send(send))
+        finally:
+            self._leave()
 
     async def _send(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -129,7 +133,6 @@ async def _race(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         for unfinished in (task, gone):
             if not unfinished.done():
                 unfinished.cancel()
-                # Its cleaning up (aborting in the engine) belongs to this request.
                 await asyncio.gather(unfinished, return_exceptions=True)
 
 

@@ -22,6 +22,8 @@ def _valid(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_valid)]
 TokenId = Annotated[int, Field(ge=0, lt=2**63)]
+# One bad element is enough to know: a list of millions must not become millions of complaints.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -38,7 +40,13 @@ class CompletionRequest(Body):
     """POST /v1/completions. None means: the server's default (generation_config.json), else OpenAI's."""
 
     model: Text | None = None
-    prompt: list[TokenId] | list[list[TokenId]] | Text | list[Text] | None = None
+    prompt: (
+        TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+        | Text
+        | Annotated[list[Text], Field(fail_fast=True)]
+        | None
+    ) = None
     max_tokens: Int64 | None = 16
     n: Int64 | None = 1
     temperature: float | None = None
@@ -49,8 +57,8 @@ class CompletionRequest(Body):
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = None
     seed: Int64 | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[Int64] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Int64 = 0
@@ -100,4 +108,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -14,12 +14,12 @@ from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.api.protocol import CompletionRequest
 from serve.engine.messages import Ready
-from serve.engine.requests import children
 from serve.errors import InvalidRequest, NotFound
 
 MAX_PROMPTS = 1024  # of one request
 MAX_N = 128  # sequences of one prompt
 MAX_STOPS = 4
+MAX_IDS = 1024  # in stop_token_ids and logit_bias: they are looked at for every token
 LONG_TEXT = 20_000  # characters from which tokenizing is done aside, so that the others are answered meanwhile
 
 # Fields that would change the answer and are not honoured, with what is said of them.
@@ -80,8 +80,13 @@ class Completion:
     logprobs: int | None
     prompt_logprobs: bool  # whether the body has them (echo with logprobs computes them for its own use)
 
-    def children(self, params: SamplingParams) -> list[SamplingParams]:
-        return children(params, self.n)
+
+def sequences(body: CompletionRequest) -> int:
+    """How many sequences a request would be in the engine, as far as that can be told before it is looked at."""
+    prompt = body.prompt
+    several = isinstance(prompt, list) and len(prompt) > 0 and not isinstance(prompt[0], int)
+    prompts = len(prompt) if several and isinstance(prompt, list) else 1
+    return prompts * body.n if body.n is not None and 0 < body.n <= MAX_N and prompts <= MAX_PROMPTS else 1
 
 
 async def completion(body: CompletionRequest, model: Model) -> Completion:
@@ -131,12 +136,13 @@ async def _prompts(body: CompletionRequest, model: Model) -> list[Prompt]:
     several: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
     if len(several) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt list length {len(several)} exceeds the maximum of {MAX_PROMPTS}.", "prompt")
-    return [await _prompt(one, body, model) for one in several]
+    aside = sum(len(one) for one in several if isinstance(one, str)) >= LONG_TEXT
+    return [await _prompt(one, body, model, aside) for one in several]
 
 
-async def _prompt(prompt: str | list[int], body: CompletionRequest, model: Model) -> Prompt:
+async def _prompt(prompt: str | list[int], body: CompletionRequest, model: Model, aside: bool) -> Prompt:
     if isinstance(prompt, str):
-        ids = await encode(prompt, model.tokenizer, add_special_tokens=body.add_special_tokens)
+        ids = await encode(prompt, model.tokenizer, add_special_tokens=body.add_special_tokens, aside=aside)
         text: str | None = prompt
     else:
         ids, text = prompt, None
@@ -182,9 +188,9 @@ def _truncate(ids: list[int], body: CompletionRequest, model: Model) -> list[int
     return ids[:length] if body.truncation_side == "right" else ids[-length:]
 
 
-async def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; a long one is tokenized in a thread (the tokenizer lets go of the interpreter)."""
-    if len(text) < LONG_TEXT:
+async def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool, aside: bool = False) -> list[int]:
+    """Token ids of a text. A long one (or any, `aside`) is tokenized in a thread: tokenizers frees the interpreter."""
+    if len(text) < LONG_TEXT and not aside:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
@@ -201,6 +207,10 @@ def _params(body: CompletionRequest, model: Model, prompt_length: int) -> Sampli
     stops = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"stop must have at most {MAX_STOPS} strings, got {len(stops)}.", "stop")
+    for name in ("stop_token_ids", "logit_bias"):
+        count = len(getattr(body, name) or ())
+        if count > MAX_IDS:
+            raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {count}.", name)
     prompt_logprobs = body.prompt_logprobs
     if prompt_logprobs is None and body.echo:
         prompt_logprobs = body.logprobs

@@ -49,6 +49,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "Stream options can only be defined when"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has the key 'x'; keys must be token ids."),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "logit_bias has token ids [99999] out of the vocabulary"),
+    ({"logit_bias": {str(id): 1 for id in range(2000)}}, "logit_bias", "logit_bias must have at most 1024 entries"),
+    ({"stop_token_ids": [1] * 2000}, "stop_token_ids", "stop_token_ids must have at most 1024 entries, got 2000."),
     ({"suffix": "x"}, "suffix", "suffix is only supported for models with FIM completion rendering"),
     ({"use_beam_search": True}, "use_beam_search", "use_beam_search is not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format 'json_object' is not supported"),
@@ -161,11 +163,35 @@ def test_what_does_not_exist(server) -> None:
         refused(server.post(path, json={}), 501, "NotImplementedError")
 
 
-def test_a_big_body_gets_a_small_answer(server) -> None:
-    fields = {"prompt": ["x"] * 5 + [1] * 20_000}
-    response = server.post("/v1/completions", json=fields)
-    assert response.status_code == 400
-    assert len(response.content) < 5000
+def test_a_big_body_gets_a_small_answer_soon(server) -> None:
+    for prompt in (["x"] + [1] * 1_000_000, [[1]] * 1_000_000 + ["x"], [1] * 1_000_000 + ["x"]):
+        begin = time.monotonic()
+        response = server.post("/v1/completions", json={"prompt": prompt})
+        assert response.status_code == 400
+        assert len(response.content) < 5000
+        assert time.monotonic() - begin < 5
+
+
+def test_many_long_prompts_do_not_hold_up_the_others(server) -> None:
+    """Tokenizing megabytes takes a while, during which the server answers everybody else."""
+    import threading
+
+    texts = ["the quick brown fox " * 400] * 400  # each longer than the context: refused, after tokenizing
+    done = threading.Event()
+
+    def ask() -> None:
+        refused(server.post("/v1/completions", json={"prompt": texts}), 400, "BadRequestError")
+        done.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    waits = []
+    while not done.is_set():
+        begin = time.monotonic()
+        assert httpx.get(server.url + "/health").status_code == 200
+        waits.append(time.monotonic() - begin)
+    thread.join()
+    assert max(waits) < 1
 
 
 def test_an_absurd_n_is_refused_at_once(server) -> None:
