@@ -45,7 +45,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.dim, config.norm_eps)
 
     def project(self, x: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., width], rotary angles [..., 2, D/2] or None -> q [..., H, D], k [..., KV, D], v [..., KV, D]."""
+        """x [..., width], rotary angles [..., 2, D] or None -> q [..., H, D], k [..., KV, D], v [..., KV, D]."""
         q, k, v = (map(x).unflatten(-1, (-1, self.dim)) for map in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -97,7 +97,7 @@ class DecoderLM(nn.Module):
         self.initialise()
 
     def position_table(self, device: torch.device | None = None) -> Tensor | None:
-        """What a position looks like, for kinds that are not learned: rotary angles [context, 2, D/2] or sinusoids [context, width]."""
+        """What a position looks like, for kinds that are not learned: rotary angles [context, 2, D] or sinusoids [context, width]."""
         config = self.config
         if config.positions == "rotary":
             return rotary_table(config.context, config.dim, config.rope_theta, device)

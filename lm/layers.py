@@ -72,7 +72,29 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         elif self.activation == "relu2":
-            inner = F.relu(self.up_proj(x)).square()
+            inner = squared_relu(self.up_proj(x))
         else:
             inner = F.gelu(self.up_proj(x), approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return self.down_proj(inner)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(0, x)^2 (arXiv 2109.08668), elementwise."""
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return F.relu(x).square()
+    return _SquaredReLU.apply(x)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Its slope 2 max(0, x) needs nothing but the rectified input: two passes, where autograd would take five."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rectified = F.relu(x)
+        ctx.save_for_backward(rectified)
+        return rectified * rectified
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (rectified,) = ctx.saved_tensors
+        return (gradient * rectified).mul_(2)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lm import pretrained
 from lm.decoder import DecoderLM
@@ -37,7 +38,16 @@ from train.schedule import factor
 from train.tracking import Tracker
 
 # What may differ when a run is continued: none of it changes what the steps before would have computed.
-MAY_CHANGE = ("run.resume", "train.steps", "train.tokens", "train.micro_batch", "train.threads", "eval.", "checkpoint.", "log.")
+MAY_CHANGE = (
+    "run.resume",
+    "train.steps",
+    "train.tokens",
+    "train.micro_batch",
+    "train.threads",
+    "eval.",
+    "checkpoint.",
+    "log.",
+)
 
 
 def run(recipe: Recipe) -> int:
@@ -45,14 +55,16 @@ def run(recipe: Recipe) -> int:
     here = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
     resume_from = _find_checkpoint(recipe, run_dir)
-    prepared = _prepare(recipe, here)
+    prepared = prepare(recipe)  # one rank builds, under a lock; the others wait for it
     return Trainer(recipe, here, run_dir, prepared, resume_from).train()
 
 
 class Trainer:
     """One rank's part of one run."""
 
-    def __init__(self, recipe: Recipe, here: launch.Launch, run_dir: Path, prepared: Prepared, resume_from: Path | None):
+    def __init__(
+        self, recipe: Recipe, here: launch.Launch, run_dir: Path, prepared: Prepared, resume_from: Path | None
+    ):
         self.recipe, self.here, self.run_dir, self.data = recipe, here, run_dir, prepared
         self.config = recipe.decoder_config(prepared.tokenizer.vocab_size)
         self.batches = Batches(
@@ -71,7 +83,9 @@ class Trainer:
             compile_blocks(self.bare)
         self.model, self.optimizer = here.accelerator.prepare(self.bare, self.optimizer)
         self.bare = here.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate's wrapper would skip steps of its own
+        self.optimizer = getattr(
+            self.optimizer, "optimizer", self.optimizer
+        )  # Accelerate's wrapper would skip steps of its own
         self.progress = Progress()
         if resume_from is not None:
             self.progress = checkpoint.load(resume_from, self.bare, self.optimizer)
@@ -83,7 +97,9 @@ class Trainer:
         recipe, here, progress = self.recipe, self.here, self.progress
         if progress.step >= self.steps:
             if here.main:
-                print(f"{self.run_dir} is finished: {progress.step} steps are done. Its model is {self.run_dir / 'model'}.")
+                print(
+                    f"{self.run_dir} is finished: {progress.step} steps are done. Its model is {self.run_dir / 'model'}."
+                )
             return 0
         if here.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -150,7 +166,10 @@ class Trainer:
         first, last = rank * total // world, (rank + 1) * total // world
         size = self.recipe.train.micro_batch or last - first
         return [
-            {name: t.to(self.here.device, non_blocking=True) for name, t in self.batches.batch(step, slice(row, min(row + size, last))).items()}
+            {
+                name: t.to(self.here.device, non_blocking=True)
+                for name, t in self.batches.batch(step, slice(row, min(row + size, last))).items()
+            }
             for row in range(first, last, size)
         ]
 
@@ -169,9 +188,12 @@ class Trainer:
                 # DDP and FSDP average gradients over the ranks; the sum is what is meant.
                 here.accelerator.backward(loss * (here.world / targets))
             window.loss = window.loss + loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip or math.inf)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if math.isfinite(norm):
+            if recipe.optim.clip is not None and norm > recipe.optim.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, recipe.optim.clip, total)
             self.optimizer.step()
             window.norm = norm
         else:
@@ -242,7 +264,9 @@ class Trainer:
                 self.tracker.log(row)
             bits = f", {held.bits_per_byte:.4f} bits a byte" if held.bits_per_byte is not None else ""
             best = progress.best_loss is None or held.loss < progress.best_loss
-            self.say.sentence(f"step {progress.step}: held-out loss {held.loss:.4f}{bits}" + (", the best so far" if best else ""))
+            self.say.sentence(
+                f"step {progress.step}: held-out loss {held.loss:.4f}{bits}" + (", the best so far" if best else "")
+            )
             if best:
                 progress.best_loss, progress.best_step = held.loss, progress.step
                 self._save_folder(self.run_dir / "model")
@@ -265,7 +289,9 @@ class Trainer:
         self.say.sentence(f"    {first[0]!r} -> {first[1][:200]!r}")
 
     def _checkpoint(self) -> None:
-        checkpoint.save(self.run_dir, self.bare, self.optimizer, self.progress, self.recipe.checkpoint.keep, main=self.here.main)
+        checkpoint.save(
+            self.run_dir, self.bare, self.optimizer, self.progress, self.recipe.checkpoint.keep, main=self.here.main
+        )
         self.here.wait()
 
     def _save_folder(self, folder: Path) -> None:
@@ -279,14 +305,21 @@ class Trainer:
     def _finish(self) -> None:
         progress = self.progress
         if progress.step < self.steps:
-            self.say.sentence(f"Stopped by a signal at step {progress.step}, with a checkpoint. The same command continues.")
+            self.say.sentence(
+                f"Stopped by a signal at step {progress.step}, with a checkpoint. The same command continues."
+            )
             return
         self._save_folder(self.run_dir / "model-last")
         if progress.best_loss is None:
             self._save_folder(self.run_dir / "model")
         if self.here.main:
             plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
-            figures = {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "skipped": progress.skipped}
+            figures = {
+                "steps": progress.step,
+                "tokens": progress.tokens,
+                "seconds": progress.seconds,
+                "skipped": progress.skipped,
+            }
             if progress.best_loss is not None:
                 figures |= {"best_validation_loss": progress.best_loss, "best_step": progress.best_step}
             self.tracker.summary(figures)
@@ -315,28 +348,27 @@ def compile_blocks(model: DecoderLM) -> None:
         block.after = torch.compile(block.after)  # type: ignore[method-assign]
 
 
-def _prepare(recipe: Recipe, here: launch.Launch) -> Prepared:
-    """The first process builds the shards; the others find them built."""
-    if here.main:
-        prepared = prepare(recipe)
-    here.wait()
-    return prepared if here.main else prepare(recipe, progress=False)
-
-
 def _find_checkpoint(recipe: Recipe, run_dir: Path) -> Path | None:
     """The checkpoint to continue from. Raises RecipeError where the recipe and the folder do not fit."""
     found = checkpoint.checkpoints(run_dir)
     written = run_dir / "config.yaml"
     if recipe.run.resume == "never" and (found or written.exists()):
-        raise RecipeError([f"run.resume is never and {run_dir} holds a run; choose another run.dir, or run.resume=auto."])
+        raise RecipeError(
+            [f"run.resume is never and {run_dir} holds a run; choose another run.dir, or run.resume=auto."]
+        )
     if recipe.run.resume == "must" and not found:
-        raise RecipeError([f"run.resume is must and {run_dir} has no checkpoint; choose the run.dir of a run, or run.resume=auto."])
+        raise RecipeError(
+            [f"run.resume is must and {run_dir} has no checkpoint; choose the run.dir of a run, or run.resume=auto."]
+        )
     if not found or not written.exists():
         return None
     differing = differences(yaml.safe_load(written.read_text(encoding="utf-8")), recipe.to_dict())
     if differing:
         raise RecipeError(
-            [f"{key} is {new!r}, and the run in {run_dir} was begun with {old!r}; give another run.dir, or the old value." for key, old, new in differing]
+            [
+                f"{key} is {new!r}, and the run in {run_dir} was begun with {old!r}; give another run.dir, or the old value."
+                for key, old, new in differing
+            ]
         )
     return found[0]
 
