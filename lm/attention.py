@@ -1,6 +1,7 @@
 """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1) and the policies that a decoder is given.
 
-A policy is called `attend(layer, q, k, v)` with q [..., H, D], k and v [..., KV, D] (rotated and normed already) and returns
+A policy is called `attend(layer, q, k, v)` with q [..., H, D], k and v [..., KV, D] (rotated and normed already) and
+returns
 [..., H, D]. The decoder knows no more of batches, caches or masks than that. Masks are boolean, True = "may attend".
 """
 
@@ -18,7 +19,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def may_attend(
-    queries: Tensor, keys: Tensor, window: int | None, query_documents: Tensor | None = None, key_documents: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    window: int | None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
 ) -> Tensor:
     """Who may see whom: queries [..., Q] and keys [..., K] are positions -> bool [..., Q, K].
 
@@ -36,8 +41,8 @@ def may_attend(
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v, written out, in fp32: what every fused path is held against.
 
-    q [B, T, H, D], k and v [B, S, KV, D], mask bool, broadcastable to [B, T, S] -> output [B, T, H, D], weights [B, H, T, S].
-    Query head h reads key head h // (H / KV).
+    q [B, T, H, D], k and v [B, S, KV, D], mask bool, broadcastable to [B, T, S] -> output [B, T, H, D], weights [B, H,
+    T, S]. Query head h reads key head h // (H / KV).
     """
     group = q.shape[-2] // k.shape[-2]
     k, v = k.repeat_interleave(group, dim=-2), v.repeat_interleave(group, dim=-2)
@@ -74,8 +79,8 @@ class ExplicitAttend:
 class CausalAttend:
     """Causal attention over whole sequences [B, T, ...], fused: what training uses.
 
-    A full layer goes to SDPA's FlashAttention. A window or a document mask goes to FlexAttention on a GPU, which skips the
-    blocks that the mask empties, and to SDPA with a dense mask on a CPU. documents: int [B, T], or None.
+    A full layer goes to SDPA's FlashAttention. A window or a document mask goes to FlexAttention on a GPU, which skips
+    the blocks that the mask empties, and to SDPA with a dense mask on a CPU. documents: int [B, T], or None.
     """
 
     def __init__(self, windows: Sequence[int | None], documents: Tensor | None = None):

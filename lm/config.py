@@ -23,8 +23,8 @@ class ConfigError(ValueError):
 class DecoderConfig:
     """A decoder-only causal Transformer.
 
-    `kv_heads`, `head_dim` and `mlp_width` may be left out: they are resolved here, so that a reader always sees a number.
-    Raises ConfigError, with a sentence for each unknown or contradictory value.
+    `kv_heads`, `head_dim` and `mlp_width` may be left out: they are resolved here, so that a reader always sees a
+    number. Raises ConfigError, with a sentence for each unknown or contradictory value.
     """
 
     vocab_size: int
@@ -102,8 +102,9 @@ class DecoderConfig:
     def flops_per_token(self, context: int | None = None) -> int:
         """Floating-point operations to train on one token, forward and backward, in sequences of `context` tokens.
 
-        6 x (parameters that are multiplied with) + 12 x head_dim x heads x (mean number of keys a token attends to) a layer:
-        two products (scores, mixing) of 2 operations a multiply-add, three times (forward, and backward by both factors).
+        6 x (parameters that are multiplied with) + 12 x head_dim x heads x (mean number of keys a token attends to) a
+        layer: two products (scores, mixing) of 2 operations a multiply-add, three times (forward, and backward by both
+        factors).
         Embedding look-ups cost nothing; the output head counts whether tied or not; recomputation does not count.
         """
         context = self.context if context is None else context
@@ -159,7 +160,9 @@ class DecoderConfig:
         if problems:
             return problems
         if self.head_dim is None:
-            check(self.width % self.heads == 0, "heads", f"it must divide width {self.width}, or head_dim must be given")
+            check(
+                self.width % self.heads == 0, "heads", f"it must divide width {self.width}, or head_dim must be given"
+            )
         if self.kv_heads is not None:
             check(self.heads % self.kv_heads == 0, "kv_heads", f"it must divide heads {self.heads}")
         if self.positions == "rotary":
@@ -180,5 +183,7 @@ def decoder_config(values: dict[str, Any]) -> DecoderConfig:
     known = {field.name for field in fields(DecoderConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError([f"{name} is not a key of a decoder; the keys are {', '.join(sorted(known))}." for name in unknown])
+        raise ConfigError(
+            [f"{name} is not a key of a decoder; the keys are {', '.join(sorted(known))}." for name in unknown]
+        )
     return DecoderConfig(**values)

@@ -1,13 +1,13 @@
 """DecoderLM: the decoder-only causal Transformer that today's language models are.
 
-Each block adds two things to the residual stream x: what attention gathers from the tokens before, and what the MLP makes of
-each token alone (pre-norm):
+Each block adds two things to the residual stream x: what attention gathers from the tokens before, and what the MLP
+makes of each token alone (pre-norm):
 
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
 
-One forward serves every use: `hidden(tokens, positions, attend)`, where the policy `attend` knows the batch, the cache and the
-mask (lm/attention.py, lm/state.py, serve/engine). Modules carry the names that Llama's checkpoints use.
+One forward serves every use: `hidden(tokens, positions, attend)`, where the policy `attend` knows the batch, the cache
+and the mask (lm/attention.py, lm/state.py, serve/engine). Modules carry the names that Llama's checkpoints use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from lm.state import CacheAttend, DecoderState
 
 
 class Attention(nn.Module):
-    """The learned maps to queries, keys and values, and back (arXiv 1706.03762, section 3.2.2); grouped (arXiv 2305.13245)."""
+    """The learned maps to queries, keys and values, and back (arXiv 1706.03762, section 3.2.2); grouped (arXiv
+    2305.13245).
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -97,7 +99,9 @@ class DecoderLM(nn.Module):
         self.initialise()
 
     def position_table(self, device: torch.device | None = None) -> Tensor | None:
-        """What a position looks like, for kinds that are not learned: rotary angles [context, 2, D] or sinusoids [context, width]."""
+        """What a position looks like, for kinds that are not learned: rotary angles [context, 2, D] or sinusoids
+        [context, width].
+        """
         config = self.config
         if config.positions == "rotary":
             return rotary_table(config.context, config.dim, config.rope_theta, device)
@@ -107,7 +111,9 @@ class DecoderLM(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Matrices N(0, 1 / (3 fan_in)), the two that write to the residual stream smaller by sqrt(2 layers), embeddings N(0, 0.02^2), biases 0."""
+        """Matrices N(0, 1 / (3 fan_in)), the two that write to the residual stream smaller by sqrt(2 layers),
+        embeddings N(0, 0.02^2), biases 0.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -125,7 +131,9 @@ class DecoderLM(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens and positions int64 [...], any leading shape that `attend` understands -> [..., width], after the last norm."""
+        """tokens and positions int64 [...], any leading shape that `attend` understands -> [..., width], after the
+        last norm.
+        """
         config = self.config
         x = self.embed_tokens(tokens)
         table = None
@@ -155,8 +163,8 @@ class DecoderLM(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Next-token loss: the sum in nats over the targets (fp32 scalar), and how many there are (int64 scalar).
 
-        batch: tokens int64 [B, T]; targets int64 [B, T], already shifted, lm.loss.IGNORE where nothing is asked; documents
-        int [B, T] (optional), to keep attention inside a document.
+        batch: tokens int64 [B, T]; targets int64 [B, T], already shifted, lm.loss.IGNORE where nothing is asked;
+        documents int [B, T] (optional), to keep attention inside a document.
         """
         tokens, targets = batch["tokens"], batch["targets"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
@@ -165,7 +173,8 @@ class DecoderLM(nn.Module):
         return head_loss(hidden, self.output_weight, targets, self.config.softcap), (targets != IGNORE).sum()
 
     def start(self, src: Tensor, src_mask: Tensor | None = None) -> DecoderState:
-        """Read prompts: src int64 [B, T], src_mask bool [B, T] with the True cells of a row first -> a state, ready for `step`.
+        """Read prompts: src int64 [B, T], src_mask bool [B, T] with the True cells of a row first -> a state, ready
+        for `step`.
 
         All but the last token of each row are computed; that one is `state.first`, to be given to the first `step`.
         """
@@ -182,7 +191,9 @@ class DecoderLM(nn.Module):
         return state
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """The next t tokens of every row, int64 [B, t] -> logits [B, t, vocab] for what follows each, and the state after them."""
+        """The next t tokens of every row, int64 [B, t] -> logits [B, t, vocab] for what follows each, and the state
+        after them.
+        """
         hidden = self._advance(tokens, state)
         return self.logits(hidden), state
 

@@ -1,4 +1,5 @@
-"""FlexAttention for windows and document masks on a GPU. `unverified`: it has run on a CPU only, against the explicit formula.
+"""FlexAttention for windows and document masks on a GPU. `unverified`: it has run on a CPU only, against the explicit
+formula.
 
 The kernel is compiled once for a shape; the block masks are built from index functions, so that no [T, T] mask exists.
 """
@@ -17,7 +18,9 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def block_mask(batch: int, length: int, window: int | None, documents: Tensor | None, device: torch.device) -> BlockMask:
+def block_mask(
+    batch: int, length: int, window: int | None, documents: Tensor | None, device: torch.device
+) -> BlockMask:
     """Causal, within `window`, within one document (documents int [B, T]), as FlexAttention's sparse block mask."""
 
     def seen(b, h, query, key):
@@ -29,11 +32,15 @@ def block_mask(batch: int, length: int, window: int | None, documents: Tensor | 
         return inside
 
     create = _compiled()[1] if device.type == "cuda" else create_block_mask
-    return create(seen, B=batch if documents is not None else None, H=None, Q_LEN=length, KV_LEN=length, device=device.type)
+    return create(
+        seen, B=batch if documents is not None else None, H=None, Q_LEN=length, KV_LEN=length, device=device.type
+    )
 
 
 def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """q [B, T, H, D], k and v [B, T, KV, D] -> [B, T, H, D]."""
     attend = _compiled()[0] if q.is_cuda else flex_attention
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
+    out = attend(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=q.shape[2] != k.shape[2]
+    )
     return out.transpose(1, 2)

@@ -1,7 +1,7 @@
 """The output head and its cross-entropy in one, a slice of rows at a time.
 
-The logits of a batch are its largest tensor by far (rows x vocabulary); made in slices, and turned into their own gradient in
-place, they never exist as a whole, neither in the forward pass nor in the backward.
+The logits of a batch are its largest tensor by far (rows x vocabulary); made in slices, and turned into their own
+gradient in place, they never exist as a whole, neither in the forward pass nor in the backward.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | 
 
 
 def _head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dhidden: Tensor | None, dweight: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
 ) -> Tensor:
-    """The loss; and, where dhidden [rows, width] and dweight [vocab, width] are given, they are filled with its gradients."""
+    """The loss; and, where dhidden [rows, width] and dweight [vocab, width] are given, they are filled with its
+    gradients.
+    """
     rows = max(64, SLICE.get(hidden.device.type, 1 << 24) // weight.shape[0])
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     weight = weight.to(hidden.dtype)

@@ -17,16 +17,19 @@ def stream(
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts of token ids together; yield, step by step, the (row, token) pairs that the step produced.
 
-    A row ends with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or when the
-    model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for an empty prompt
-    or one that leaves no room.
+    A row ends with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or
+    when the
+    model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for an empty
+    prompt or one that leaves no room.
     """
     context, device = model.config.context, next(model.parameters()).device
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; it must hold at least one token.")
         if len(prompt) >= context:
-            raise ValueError(f"prompt {row} has {len(prompt)} tokens; the model's context of {context} leaves no room to continue it.")
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; the context of {context} leaves no room to continue it."
+            )
     src, mask = pad(prompts, device)
     state = model.start(src, mask)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else stop_ids)}

@@ -16,8 +16,8 @@ from lm.config import DecoderConfig
 class DecoderState:
     """The KV cache of a decoder, contiguous: row b holds its tokens' keys and values in cells 0 ... lengths[b] - 1.
 
-    keys and values are a list, a layer each, of [B, capacity, KV, D]; lengths int64 [B]; first int64 [B] is the token that the
-    first `step` is to be given. Cells beyond a row's length hold nothing of meaning and are never attended to.
+    keys and values are a list, a layer each, of [B, capacity, KV, D]; lengths int64 [B]; first int64 [B] is the token
+    that the first `step` is to be given. Cells beyond a row's length hold nothing of meaning and are never attended to.
     """
 
     keys: list[Tensor]
@@ -55,7 +55,9 @@ class DecoderState:
         capacity = max(state.keys[0].shape[1] for state in states)
 
         def stack(layers: list[list[Tensor]]) -> list[Tensor]:
-            return [torch.cat([_longer(t, capacity - t.shape[1]) for t in parts]) for parts in zip(*layers, strict=True)]
+            return [
+                torch.cat([_longer(t, capacity - t.shape[1]) for t in parts]) for parts in zip(*layers, strict=True)
+            ]
 
         return DecoderState(
             stack([state.keys for state in states]),

@@ -1,7 +1,7 @@
 """Checkpoints: RUN/checkpoints/step-N/{model.safetensors, optimizer.safetensors, state.json}, complete or absent.
 
-Written aside and renamed, so that a folder named step-N is whole; the newest is the one a run resumes from; older ones are
-removed only after a newer one stands. Data order and dropout are functions of the step, so there is no other state.
+Written aside and renamed, so that a folder named step-N is whole; the newest is the one a run resumes from; older ones
+are removed only after a newer one stands. Data order and dropout are functions of the step, so there is no other state.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def save(
     run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, *, main: bool
 ) -> None:
-    """Write step-N of the bare `model` (no wrapper) and its optimizer. All ranks call it (shards are gathered); `main` writes."""
+    """Write step-N of the bare `model` (no wrapper) and its optimizer. All ranks call it (shards are gathered);
+    `main` writes.
+    """
     weights = gather(dict(model.named_parameters()), main)
     moments = gather(_flat_state(model, optimizer), main)
     if not main:

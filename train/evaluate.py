@@ -28,7 +28,13 @@ class Held:
 
 @torch.no_grad()
 def evaluate(
-    model: DecoderLM, launch: Launch, split: Tokens, *, limit: int | None = None, eos_id: int | None = None, document_mask: bool = False
+    model: DecoderLM,
+    launch: Launch,
+    split: Tokens,
+    *,
+    limit: int | None = None,
+    eos_id: int | None = None,
+    document_mask: bool = False,
 ) -> Held:
     """The mean loss of `model` over a split, or its first `limit` targets, in windows of the model's context.
 
@@ -39,14 +45,14 @@ def evaluate(
     batches = windows(split, context, rows=rows, limit=limit, eos_id=eos_id, document_mask=document_mask)
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for group in _groups(batches, launch.world):
         mine = launch.rank < len(group)
         batch = {name: tensor.to(launch.device) for name, tensor in group[launch.rank if mine else 0].items()}
         with launch.accelerator.autocast():
             loss, targets = model(batch)
         if mine:
-            total, count = total + float(loss), count + int(targets)
+            total, count = total + float(loss), count + float(targets)
     model.train(training)
     total, count = launch.sum([total, count])
     loss = total / count

@@ -111,6 +111,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make what is random inside update `step` (dropout) a function of (seed, step, rank): nothing to save, nothing to restore."""
+    """Make what is random inside update `step` (dropout) a function of (seed, step, rank): nothing to save, nothing
+    to restore.
+    """
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
-

@@ -1,8 +1,9 @@
 """The training run, from a recipe to a model folder.
 
-The data order, the schedule and dropout are functions of the update count, so a checkpoint holds weights, optimizer state and a
-few numbers, and the same command continues where the last one stopped. The loss of an update is the sum over its targets divided
-by their number in the *global* batch: equal under any split into micro-batches and ranks.
+The data order, the schedule and dropout are functions of the update count, so a checkpoint holds weights, optimizer
+state and a
+few numbers, and the same command continues where the last one stopped. The loss of an update is the sum over its
+targets divided by their number in the *global* batch: equal under any split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lm import pretrained
-from lm.decoder import DecoderLM
+from lm.decoder import Block, DecoderLM
 from lm.sampling import SamplingParams
 from lm.search import generate
 from train import checkpoint, launch, plot
@@ -98,7 +99,7 @@ class Trainer:
         if progress.step >= self.steps:
             if here.main:
                 print(
-                    f"{self.run_dir} is finished: {progress.step} steps are done. Its model is {self.run_dir / 'model'}."
+                    f"{self.run_dir} is finished: {progress.step} steps are done. Its model: {self.run_dir / 'model'}"
                 )
             return 0
         if here.main:
@@ -214,7 +215,8 @@ class Trainer:
         begun = f"continues at step {self.progress.step}" if self.progress.step else "begins"
         epochs = self.batches.epoch(self.steps)
         self.say.sentence(
-            f"{self.run_dir} {begun}: {counts['total']:,} parameters, {self.steps:,} steps of {self.recipe.train.batch_tokens:,} tokens "
+            f"{self.run_dir} {begun}: {counts['total']:,} parameters, {self.steps:,} steps of "
+            f"{self.recipe.train.batch_tokens:,} tokens "
             f"({epochs:.2f} epochs), {self.recipe.train.dtype}, on {where}."
         )
         self.say.sentence(self.tracker.describe())
@@ -257,8 +259,12 @@ class Trainer:
                 document_mask=recipe.data.document_mask,
             )
             self.model.train()
-            row = {"step": progress.step, "tokens": progress.tokens, "validation_loss": held.loss}
-            row["validation_bits_per_byte"] = held.bits_per_byte
+            row = {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "validation_loss": held.loss,
+                "validation_bits_per_byte": held.bits_per_byte,
+            }
             if self.metrics is not None:
                 self.metrics.log(row)
                 self.tracker.log(row)
@@ -314,7 +320,7 @@ class Trainer:
             self._save_folder(self.run_dir / "model")
         if self.here.main:
             plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
-            figures = {
+            figures: dict[str, object] = {
                 "steps": progress.step,
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
@@ -344,6 +350,7 @@ class Window:
 def compile_blocks(model: DecoderLM) -> None:
     """torch.compile for what stands before and after attention in a block: one compilation serves every layer."""
     for block in model.layers:
+        assert isinstance(block, Block)
         block.before = torch.compile(block.before)  # type: ignore[method-assign]
         block.after = torch.compile(block.after)  # type: ignore[method-assign]
 
@@ -366,7 +373,8 @@ def _find_checkpoint(recipe: Recipe, run_dir: Path) -> Path | None:
     if differing:
         raise RecipeError(
             [
-                f"{key} is {new!r}, and the run in {run_dir} was begun with {old!r}; give another run.dir, or the old value."
+                f"{key} is {new!r}, and the run in {run_dir} was begun with {old!r}; give another run.dir, "
+                "or the old value."
                 for key, old, new in differing
             ]
         )
@@ -374,7 +382,9 @@ def _find_checkpoint(recipe: Recipe, run_dir: Path) -> Path | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys in which two recipes differ, but for those that a continued run may change: (key, old value, new value)."""
+    """The keys in which two recipes differ, but for those that a continued run may change: (key, old value, new
+    value).
+    """
     flat_old = {f"{section}.{key}": value for section, values in old.items() for key, value in values.items()}
     flat_new = {f"{section}.{key}": value for section, values in new.items() for key, value in values.items()}
     return [

@@ -1,8 +1,8 @@
 """One optimizer object for the whole model: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
 
 AdamW: arXiv 1711.05101. Muon: the momentum of a matrix is replaced by the nearest orthogonal matrix, found by a few
-Newton-Schulz steps, so that every direction is learned at the same rate (Jordan et al. 2024; the coefficients are
-"Polar Express", arXiv 2505.16932). Embeddings, the output head and vectors are no maps between features: they stay with AdamW.
+Newton-Schulz steps, so that every direction is learned at the same rate (Jordan et al. 2024; the coefficients are those
+of arXiv 2505.16932). Embeddings, the output head and vectors are no maps between features: they stay with AdamW.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.optim.adamw import adamw
 
 from train.config import Optim
 
-# Each step applies x -> a x + b x^3 + c x^5 to the singular values; the triples are tuned one after another, so that five
+# Each step applies x -> a x + b x^3 + c x^5 to the singular values; the triples are tuned one after another, so that
+# five
 # steps take values from 1e-3 on to near 1. The last triple is the one that later steps repeat.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -31,10 +32,11 @@ SAFETY = 1.01  # keeps the singular values inside the range that the coefficient
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The orthogonal factor of each matrix, [N, rows, columns] -> the same shape: U V^T of U S V^T, singular values near 1.
+    """The orthogonal factor of each matrix, [N, rows, columns] -> the same shape: U V^T of U S V^T, singular values
+    near 1.
 
-    dtype: what the products are computed in; None takes bfloat16 where the machine multiplies it fast (the update needs no
-    more precision), else float32.
+    dtype: what the products are computed in; None takes bfloat16 where the machine multiplies it fast (the update
+    needs no more precision), else float32.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(dtype or _product_dtype(matrices.device.type))
@@ -53,10 +55,11 @@ def _product_dtype(device: str) -> torch.dtype:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups carry `kind` ("muon" or "adamw"); state is made in the first step, for whatever tensors the parameters are then.
+    """Groups carry `kind` ("muon" or "adamw"); state is made in the first step, for whatever tensors the parameters
+    are then.
 
-    Muon's update of a matrix [rows, columns] is scaled by sqrt(max(1, rows / columns)), so that one learning rate fits all.
-    Weight decay is decoupled in both.
+    Muon's update of a matrix [rows, columns] is scaled by sqrt(max(1, rows / columns)), so that one learning rate fits
+    all. Weight decay is decoupled in both.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
@@ -113,15 +116,15 @@ class MuonAdamW(torch.optim.Optimizer):
             updates = orthogonalise(torch.stack(ahead)).unbind()
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             if group["weight_decay"]:
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
+                torch._foreach_mul_(list[Tensor](matrices), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(list[Tensor](matrices), updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
     """The optimizer that a recipe asks for; every parameter is in exactly one group, whose peak rate is `peak_lr`.
 
-    Groups: `matrices` (two-dimensional, inside the layers; Muon's if optim.name is muon), `embeddings` (tokens, positions and the
-    output head) and `vectors` (norms and biases, never decayed).
+    Groups: `matrices` (two-dimensional, inside the layers; Muon's if optim.name is muon), `embeddings` (tokens,
+    positions and the output head) and `vectors` (norms and biases, never decayed).
     """
     named: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "vectors": []}
     for name, p in model.named_parameters():
@@ -139,7 +142,13 @@ def make_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
         matrices = {**adam, "peak_lr": optim.lr}
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": named["matrices"], "weight_decay": optim.weight_decay, **matrices},
-        {"name": "embeddings", "params": named["embeddings"], "weight_decay": optim.weight_decay, "peak_lr": embedding_lr, **adam},
+        {
+            "name": "embeddings",
+            "params": named["embeddings"],
+            "weight_decay": optim.weight_decay,
+            "peak_lr": embedding_lr,
+            **adam,
+        },
         {"name": "vectors", "params": named["vectors"], "weight_decay": 0.0, "peak_lr": optim.lr, **adam},
     ]
     return MuonAdamW([{**group, "lr": group["peak_lr"]} for group in groups if group["params"]])
