@@ -1,8 +1,9 @@
 """Model folders in Hugging Face layout: config.json, model.safetensors, generation_config.json.
 
-A decoder whose mathematics is Llama's, Qwen3's or GPT-2's is saved under that architecture's own name and weight names, so that
-every tool reads it with no code of ours; any other decoder is saved as HeedForCausalLM. One two-way table a family: how the
-config is written and read, and where each weight lies. Parameters are stored unfused.
+A decoder whose mathematics is Llama's, Qwen3's or GPT-2's is saved under that architecture's own name and weight
+names, so that
+every tool reads it with no code of ours; any other decoder is saved as HeedForCausalLM. One two-way table a family:
+how the config is written and read, and where each weight lies. Parameters are stored unfused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class FolderError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of other tools: `is_ours(config)` tells whether a decoder is one of it, `write` and `read` map the config,
-    `pack` and `unpack` the weights (by name, our state dict to the file's and back)."""
+    """One architecture of other tools: `is_ours(config)` tells whether a decoder is one of it, `write` and `read` map
+    the config, `pack` and `unpack` the weights (by name, our state dict to the file's and back)."""
 
     architecture: str
     is_ours: Callable[[DecoderConfig], bool]
@@ -90,6 +91,9 @@ def _read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise FolderError(f"rope_type is {kind!r}; the supported one is default.")
+    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if share != 1:
+        raise FolderError(f"partial_rotary_factor is {share!r}; it must be 1.")
     if raw.get("hidden_act", "silu") != "silu":
         raise FolderError(f"hidden_act is {raw['hidden_act']!r}; it must be silu.")
     if raw.get("use_sliding_window"):
@@ -119,7 +123,11 @@ def _pack_llama(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unpack_llama(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {
+        name.removeprefix("model."): tensor
+        for name, tensor in weights.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
 
 
 # ---------------------------------------------------------------- GPT-2
@@ -160,6 +168,9 @@ def _read_gpt2(raw: dict[str, Any]) -> dict[str, Any]:
     activation = raw.get("activation_function", "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
         raise FolderError(f"activation_function is {activation!r}; it must be gelu_new or gelu_pytorch_tanh.")
+    for key, right in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if raw.get(key, right) is not right:
+            raise FolderError(f"{key} is {raw[key]!r}; it must be {right}.")
     return {
         "vocab_size": raw["vocab_size"],
         "context": raw["n_positions"],
@@ -171,7 +182,7 @@ def _read_gpt2(raw: dict[str, Any]) -> dict[str, Any]:
         "norm": "layer",
         "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "positions": "learned",
-        "tie_embeddings": True,
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", True)),
         "bias": True,
     }
 
@@ -219,11 +230,16 @@ def _unpack_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 turned = tensor.t() if kind == "weight" and tensor.dim() == 2 else tensor
                 unpacked[f"layers.{layer}.{ours_layer[inside]}.{kind}"] = turned
             elif inside == "attn.c_attn":
+                if tensor.dim() != (2 if kind == "weight" else 1) or tensor.shape[-1] % 3:
+                    have = tuple(tensor.shape)
+                    raise FolderError(
+                        f"the tensor transformer.{name} has shape {have}; it must be q, k and v side by side."
+                    )
                 for part, piece in zip("qkv", tensor.chunk(3, dim=-1), strict=True):
                     unpacked[f"layers.{layer}.self_attn.{part}_proj.{kind}"] = piece.t() if kind == "weight" else piece
             elif inside != "attn" or kind not in ("bias", "masked_bias"):  # old files carry the causal mask as a buffer
                 unpacked[name] = tensor
-        elif name != "lm_head.weight":  # the tied head, stored again by some tools
+        else:
             unpacked[name] = tensor
     return unpacked
 
@@ -244,8 +260,9 @@ def _write_own(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_own(raw: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(DecoderConfig)}
-    return {name: value for name, value in raw.items() if name in names}
+    optional = {field.name for field in fields(DecoderConfig) if field.default is not MISSING}
+    required = {field.name: raw[field.name] for field in fields(DecoderConfig) if field.name not in optional}
+    return required | {name: value for name, value in raw.items() if name in optional}
 
 
 FAMILIES = (
@@ -286,10 +303,11 @@ def save(
     tokenizer: Any = None,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the folder, aside and renamed: a folder that exists is complete. `dtype` is the one it is meant to be served in.
+    """Write the folder, aside and renamed: a folder that exists is complete. `dtype` is the one it is meant to be
+    served in.
 
-    tokenizer: an lm.tokenizer.Tokenizer, saved beside the weights; its EOS and BOS ids go into the configs (none is legal).
-    weights: the state dict to write in place of the model's own (gathered from shards, or averaged).
+    tokenizer: an lm.tokenizer.Tokenizer, saved beside the weights; its EOS and BOS ids go into the configs (none is
+    legal). weights: the state dict to write in place of the model's own (gathered from shards, or averaged).
     """
     target = Path(folder)
     aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -297,7 +315,9 @@ def save(
     aside.mkdir(parents=True)
     family = family_of(model.config)
     name = next(key for key, value in DTYPES.items() if value == dtype)
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # said even when none, against foreign defaults
+    special = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id")
+    )  # said even when none, against foreign defaults
     if tokenizer is not None:
         tokenizer.save(aside)
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -322,25 +342,37 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     return _read_config(Path(folder))[0]
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> DecoderLM:
+def load(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> DecoderLM:
     """The folder's decoder, in `dtype` (None: the folder's own), ready for inference (`eval`). Raises FolderError."""
     path = Path(folder)
     config, family, raw = _read_config(path)
     if dtype is None:
         name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        if name not in DTYPES:
+        if not isinstance(name, str) or name not in DTYPES:
             raise FolderError(f"{path / 'config.json'}: dtype is {name!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[name]
-    with _Uninitialised():
-        model = DecoderLM(config)
-    weights = {key: t.to(device, dtype).contiguous() for key, t in family.unpack(_read_weights(path)).items()}
+    try:
+        with _Uninitialised():
+            model = DecoderLM(config)
+    except (MemoryError, RuntimeError):
+        raise FolderError(f"{path}: the config's model does not fit into memory.") from None
+    stored = _read_weights(path)
+    try:
+        unpacked = family.unpack(stored)
+    except FolderError as error:
+        raise FolderError(f"{path}: {error}") from None
+    weights = {key: t.to(device, dtype).contiguous() for key, t in unpacked.items()}
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     expected = model.state_dict()
     for missing in sorted(expected.keys() - weights.keys()):
         raise FolderError(f"{path}: the tensor {missing} is missing from the weights.")
     for extra in sorted(weights.keys() - expected.keys()):
-        raise FolderError(f"{path}: the weights hold {extra}, which a {family.architecture} of this config does not have.")
+        raise FolderError(
+            f"{path}: the weights hold {extra}, which a {family.architecture} of this config does not have."
+        )
     for key, tensor in expected.items():
         if weights[key].shape != tensor.shape:
             have, want = tuple(weights[key].shape), tuple(tensor.shape)
@@ -351,7 +383,8 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None, devic
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out what torch.nn.init does, for weights that are about to be replaced: their memory is never touched then.
+    """Leaves out what torch.nn.init does, for weights that are about to be replaced: their memory is never touched
+    then.
 
     (The meta device would do as well, but its first operators import torch's compiler, which takes more than a second.)
     """
@@ -370,21 +403,25 @@ def _read_config(path: Path) -> tuple[DecoderConfig, Family, dict[str, Any]]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(f"{path} has no config.json; a model is a folder with config.json and model.safetensors.") from None
+        raise FolderError(
+            f"{path} has no config.json; a model is a folder with config.json and model.safetensors."
+        ) from None
     except (ValueError, OSError) as error:
         raise FolderError(f"{file} cannot be read as JSON: {error}.") from None
     names = raw.get("architectures") if isinstance(raw, dict) else None
     by_name = {family.architecture: family for family in FAMILIES}
-    if not isinstance(names, list) or not names or names[0] not in by_name:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str) or names[0] not in by_name:
         raise FolderError(f"{file}: architectures is {names!r}; the supported ones are {', '.join(sorted(by_name))}.")
     family = by_name[names[0]]
     try:
         return DecoderConfig(**family.read(raw)), family, raw
     except KeyError as error:
         raise FolderError(f"{file}: the key {error.args[0]} is missing; a {family.architecture} needs it.") from None
-    except (ConfigError, FolderError) as error:
+    except ConfigError as error:
+        raise FolderError(f"{file}: {' '.join(error.problems)}") from None
+    except FolderError as error:
         raise FolderError(f"{file}: {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise FolderError(f"{file}: a value has the wrong type ({error}).") from None
 
 
@@ -392,19 +429,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = sorted({Path(file).name for file in files})  # in this folder, whatever the index says
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise FolderError(f"{index} is not an index of safetensors files; it must hold a weight_map.") from None
     else:
         shards = ["model.safetensors"]
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        file = path / Path(shard).name
+        file = path / shard
         if not file.exists():
             raise FolderError(f"{file} is missing; the weights must lie there.")
         try:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
+                for key in opened.keys():  # noqa: SIM118 - no dictionary
                     weights[key] = opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise FolderError(f"{file} is not a readable safetensors file: {error}.") from None
