@@ -24,10 +24,11 @@ import yaml
 from bench.record import WORK, save, timed, train_command
 
 SHAPES = {  # sequences: what an update holds
-    "24m": dict(context=256, layers=6, width=512, heads=8, mlp_width=1408, vocabulary=8192, sequences=8),
-    "110m": dict(context=512, layers=12, width=768, heads=12, mlp_width=2048, vocabulary=8192, sequences=4),
-    "350m": dict(context=1024, layers=24, width=1024, heads=16, mlp_width=2816, vocabulary=8192, sequences=16),
+    "24m": {"context": 256, "layers": 6, "width": 512, "heads": 8, "mlp_width": 1408, "sequences": 8},
+    "110m": {"context": 512, "layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "sequences": 4},
+    "350m": {"context": 1024, "layers": 24, "width": 1024, "heads": 16, "mlp_width": 2816, "sequences": 16},
 }
+VOCABULARY = 8192
 MODEL_KEYS = ("context", "layers", "width", "heads", "mlp_width")
 
 
@@ -72,7 +73,7 @@ def main() -> None:
         ratio,
         statistic="median",
         note=f"{shape['sequences']} sequences of {shape['context']} tokens an update; {shape['layers']} layers, "
-        f"{shape['width']} wide, vocabulary {shape['vocabulary']}; AdamW, clipping at 1.",
+        f"{shape['width']} wide, vocabulary {VOCABULARY}; AdamW, clipping at 1.",
     )
 
 
@@ -82,7 +83,7 @@ def _recipe(options: argparse.Namespace) -> Path:
     recipe = {
         "run": {"dir": str(WORK / "train")},
         "data": {"text": ".cache/text/shakespeare.txt", "validation": None},
-        "tokenizer": {"kind": "bpe", "vocab_size": shape["vocabulary"]},
+        "tokenizer": {"kind": "bpe", "vocab_size": VOCABULARY},
         "model": {**{key: shape[key] for key in MODEL_KEYS}, "tie_embeddings": True},
         "optim": {"name": "adamw", "lr": 1e-4, "clip": 1.0},
         "train": {

@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Angles for positions 0 ... length-1 (arXiv 2104.09864, eq. 15), as `rotate` wants them: [length, 2, head_dim], fp32.
+    """Angles for positions 0 ... length-1 (arXiv 2104.09864, eq. 15), as `rotate` wants them: [length, 2, head_dim],
+    fp32.
 
-    Component i of the first half turns by position / theta^(2i / head_dim), together with component i of the second half. Row 0
-    holds the cosines of both halves, row 1 the sines, negative in the first half.
+    Component i of the first half turns by position / theta^(2i / head_dim), together with component i of the second
+    half. Row 0 holds the cosines of both halves, row 1 the sines, negative in the first half.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
@@ -44,11 +45,14 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turn(gradient, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, sin, -1), None, None
 
 
 def sinusoidal_table(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """PE(pos, 2i) = sin(pos / 10000^(2i / width)), PE(pos, 2i+1) = cos(the same): [length, width], fp32 (arXiv 1706.03762, 3.5)."""
+    """PE(pos, 2i) = sin(pos / 10000^(2i / width)), PE(pos, 2i+1) = cos(the same): [length, width], fp32 (arXiv
+    1706.03762, 3.5).
+    """
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()

@@ -37,8 +37,8 @@ def stream(
     rows = [Row(params, prompt, []) for prompt in prompts]
     uniforms = [Uniforms(None if params.seed is None else params.seed + r) for r in live]
     outputs: list[list[int]] = [[] for _ in prompts]
-    for row, output in zip(rows, outputs, strict=True):
-        row.output = output
+    for one, output in zip(rows, outputs, strict=True):
+        one.output = output
     tokens = state.first
     while live:
         logits, state = model.step(tokens.unsqueeze(1), state)

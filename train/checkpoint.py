@@ -130,7 +130,7 @@ def gather(tensors: dict[str, Any], main: bool) -> dict[str, Tensor]:
 
 
 def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[p]}/{part}": tensor for p, parts in optimizer.state.items() for part, tensor in parts.items()}
 
 

@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 }
         states = [self.state[p] for p in parameters]
         adamw(
-            parameters,
+            list[Tensor](parameters),
             [p.grad for p in parameters if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
