@@ -84,9 +84,7 @@ def continuation(folder: str, prompt: str, params: SamplingParams, dtype: str = 
     if not ids:
         raise ValueError("the prompt is empty; it must hold at least one token.")
     if max(ids) >= size:
-        raise ValueError(
-            f"the prompt has token {max(ids)}; the model's vocabulary has {size}, and the tokenizer's more."
-        )
+        raise ValueError(f"the prompt has token {max(ids)}; it must be below the model's vocabulary size, {size}.")
     if len(ids) >= context:
         raise ValueError(f"the prompt has {len(ids)} tokens; it must have fewer than the model's context, {context}.")
 
@@ -112,8 +110,8 @@ def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
 class TextStream:
     """Ids to text as they come: a character is given out when all its bytes are there.
 
-    What is given out, joined, is what decoding prompt and ids at once puts after the prompt, whatever the tokenizer does
-    with spaces or broken bytes; for that all is decoded again with each token, which costs less than computing it.
+    What is given out, joined, is what decoding prompt and ids at once puts after the prompt, whatever the tokenizer
+    does with spaces or broken bytes; for that all is decoded again with each token, which costs less than computing it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
