@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from train.optim import STATE
+
 FORMAT = 1
 
 
@@ -108,6 +110,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         states.setdefault(name, {})[part] = tensor
+    kinds = {parameter: STATE[group["kind"]] for group in optimizer.param_groups for parameter in group["params"]}
+    if any(name not in parameters or parts.keys() != kinds[parameters[name]] for name, parts in states.items()):
+        raise CheckpointError(f"{folder} holds the state of another optimizer than the recipe's.")
     for name, parts in states.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {

@@ -19,8 +19,7 @@ from torch.optim.adamw import adamw
 from train.config import Optim
 
 # Each step applies x -> a x + b x^3 + c x^5 to the singular values; the triples are tuned one after another, so that
-# five
-# steps take values from 1e-3 on to near 1. The last triple is the one that later steps repeat.
+# five steps take values from 1e-3 on to near 1. The last triple is the one that later steps repeat.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -28,6 +27,7 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
+STATE = {"muon": {"momentum"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}  # what is kept for a parameter, by kind
 SAFETY = 1.01  # keeps the singular values inside the range that the coefficients were made for, whatever rounding adds
 
 
