@@ -38,7 +38,7 @@ def spawn(config: EngineConfig) -> tuple[subprocess.Popen[bytes], socket.socket]
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "serve.engine.process", str(theirs.fileno())]
-        # A thread that waits for the others sleeps: spinning, it takes a core for which HTTP or another program has work,
+        # A thread that waits for the others sleeps: spinning, it takes a core for which HTTP or others have work,
         # and then a step takes several times as long.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)

@@ -261,7 +261,7 @@ def test_a_drain_has_an_end(start) -> None:
     begin = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 0
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert [end["choices"][0]["finish_reason"] for end in streams.join()] == ["abort"] * 2
 
 
