@@ -34,19 +34,9 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> bool:
     axes.plot(steps, smooth(losses), color=SMOOTHED, linewidth=1.8, label="training, running mean")
     if held_out:
         held_steps, held_losses = zip(*held_out, strict=True)
-        axes.plot(held_steps, held_losses, color=HELD_OUT, linewidth=1.8, marker="o", markersize=4, label="held out")
         best = min(held_out, key=lambda point: point[1])
-        # The text stands above its point and inside the frame wherever the point lies.
-        right = best[0] > steps[0] + 0.6 * (steps[-1] - steps[0])
-        axes.annotate(
-            f"best {best[1]:.3f} at step {best[0]}",
-            best,
-            textcoords="offset points",
-            xytext=(0, 12),
-            ha="right" if right else "left",
-            color=HELD_OUT,
-            fontsize=10,
-        )
+        label = f"held out: best {best[1]:.3f} at step {best[0]}"
+        axes.plot(held_steps, held_losses, color=HELD_OUT, linewidth=1.8, marker="o", markersize=4, label=label)
     axes.set_xlabel("step (updates)")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(Path(metrics_path).resolve().parent.name)
