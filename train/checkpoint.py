@@ -39,6 +39,7 @@ class Progress:
     seconds: float = 0.0  # spent training, over all sessions
     best_loss: float | None = None  # lowest validation loss, nats a token
     best_step: int | None = None
+    data: str | None = None  # the fingerprint of the tokens it trains on
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -47,11 +47,15 @@ class Launch:
 def start(recipe: Recipe) -> Launch:
     """Set the process up as the launcher's environment says. Raises RecipeError for what cannot run here."""
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
-    accelerator = Accelerator(
-        cpu=not on_gpu,
-        mixed_precision="bf16" if recipe.train.dtype == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not on_gpu,
+            mixed_precision="bf16" if recipe.train.dtype == "bf16" else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:  # a half-set environment, such as WORLD_SIZE without MASTER_ADDR
+        why = str(error).splitlines()[0]
+        raise RecipeError([f"Accelerate cannot start ({why}); launch with a file from configs/accelerate/."]) from None
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise RecipeError(
@@ -62,6 +66,7 @@ def start(recipe: Recipe) -> Launch:
         )
     fsdp2 = bool(getattr(accelerator, "is_fsdp2", False))
     check_launch(recipe, fsdp2)
+    _check_share(recipe, accelerator.num_processes, fsdp2)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_gpu or recipe.train.threads:
         # The launcher sets OMP_NUM_THREADS=1, which would leave all cores but one idle.
@@ -71,6 +76,16 @@ def start(recipe: Recipe) -> Launch:
     else:
         torch.backends.cuda.matmul.allow_tf32 = True
     return Launch(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, fsdp2)
+
+
+def _check_share(recipe: Recipe, world: int, fsdp2: bool) -> None:
+    """Every rank needs a sequence of each batch; under FSDP2 equally many, as its forward is a collective."""
+    sequences = recipe.train.batch_tokens // recipe.model.context
+    batch = f"train.batch_tokens is {recipe.train.batch_tokens}, which is {sequences} sequence(s)"
+    if world > sequences:
+        raise RecipeError([f"{batch}; {world} processes need at least {world * recipe.model.context}."])
+    if fsdp2 and sequences % world:
+        raise RecipeError([f"{batch}; FSDP2 needs a number of them that its {world} processes can share evenly."])
 
 
 def cores() -> int:
@@ -114,4 +129,4 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Make what is random inside update `step` (dropout) a function of (seed, step, rank): nothing to save, nothing
     to restore.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)

@@ -9,6 +9,7 @@ targets divided by their number in the *global* batch: equal under any split int
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,7 +25,7 @@ from lm import pretrained
 from lm.decoder import Block, DecoderLM
 from lm.sampling import SamplingParams
 from lm.search import generate
-from train import checkpoint, launch, plot
+from train import checkpoint, launch, plot, resume
 from train.checkpoint import Progress
 from train.config import Recipe, RecipeError
 from train.data import Batches
@@ -38,24 +38,12 @@ from train.progress import Say, clock
 from train.schedule import factor
 from train.tracking import Tracker
 
-# What may differ when a run is continued: none of it changes what the steps before would have computed.
-MAY_CHANGE = (
-    "run.resume",
-    "train.steps",
-    "train.tokens",
-    "train.micro_batch",
-    "train.threads",
-    "eval.",
-    "checkpoint.",
-    "log.",
-)
-
 
 def run(recipe: Recipe) -> int:
     """Train to the end of the recipe, or until a signal asks to stop. Returns the exit status. Raises RecipeError."""
     here = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
-    resume_from = _find_checkpoint(recipe, run_dir)
+    resume_from = resume.find(recipe, run_dir)
     prepared = prepare(recipe)  # one rank builds, under a lock; the others wait for it
     return Trainer(recipe, here, run_dir, prepared, resume_from).train()
 
@@ -68,6 +56,7 @@ class Trainer:
     ):
         self.recipe, self.here, self.run_dir, self.data = recipe, here, run_dir, prepared
         self.config = recipe.decoder_config(prepared.tokenizer.vocab_size)
+        self.prompts = _prompts(recipe, prepared)
         self.batches = Batches(
             prepared.train,
             context=self.config.context,
@@ -89,14 +78,16 @@ class Trainer:
         )  # Accelerate's wrapper would skip steps of its own
         self.progress = Progress()
         if resume_from is not None:
-            self.progress = checkpoint.load(resume_from, self.bare, self.optimizer)
+            self.progress = resume.load(resume_from, self.bare, self.optimizer, prepared.fingerprint)
+        self.progress.data = prepared.fingerprint
         self.steps = recipe.total_steps
         self.peak = peak_flops(launch.device_name(here.device), recipe.train.dtype)
         self.stopping = False
 
     def train(self) -> int:
         recipe, here, progress = self.recipe, self.here, self.progress
-        if progress.step >= self.steps:
+        # Killed between its last checkpoint and its folder, a run has all its steps and yet no model.
+        if progress.step >= self.steps and not here.any(here.main and not (self.run_dir / "model-last").is_dir()):
             if here.main:
                 print(
                     f"{self.run_dir} is finished: {progress.step} steps are done. Its model: {self.run_dir / 'model'}"
@@ -104,7 +95,9 @@ class Trainer:
             return 0
         if here.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            aside = self.run_dir / f".config.yaml.writing-{os.getpid()}"
+            aside.write_text(recipe.to_yaml(), encoding="utf-8")
+            aside.replace(self.run_dir / "config.yaml")
         self.metrics = Metrics(self.run_dir, resume_step=progress.step) if here.main else None
         self.tracker = Tracker.start(recipe, self.run_dir, self.data.fingerprint, main=here.main)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -283,11 +276,10 @@ class Trainer:
 
     def _sample(self) -> None:
         recipe, tokenizer = self.recipe, self.data.tokenizer
-        prompts = [tokenizer.encode(prompt)[-self.config.context // 2 :] for prompt in recipe.eval.prompts]
         params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=recipe.eval.sample_tokens, seed=recipe.run.seed)
         self.bare.eval()
         stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        outputs = generate(self.bare, prompts, params, stops)
+        outputs = generate(self.bare, self.prompts, params, stops)
         self.model.train()
         texts = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(recipe.eval.prompts, outputs, strict=True)]
         self.tracker.samples(self.progress.step, texts)
@@ -355,40 +347,17 @@ def compile_blocks(model: DecoderLM) -> None:
         block.after = torch.compile(block.after)  # type: ignore[method-assign]
 
 
-def _find_checkpoint(recipe: Recipe, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from. Raises RecipeError where the recipe and the folder do not fit."""
-    found = checkpoint.checkpoints(run_dir)
-    written = run_dir / "config.yaml"
-    if recipe.run.resume == "never" and (found or written.exists()):
-        raise RecipeError(
-            [f"run.resume is never and {run_dir} holds a run; choose another run.dir, or run.resume=auto."]
-        )
-    if recipe.run.resume == "must" and not found:
-        raise RecipeError(
-            [f"run.resume is must and {run_dir} has no checkpoint; choose the run.dir of a run, or run.resume=auto."]
-        )
-    if not found or not written.exists():
-        return None
-    differing = differences(yaml.safe_load(written.read_text(encoding="utf-8")), recipe.to_dict())
-    if differing:
-        raise RecipeError(
-            [
-                f"{key} is {new!r}, and the run in {run_dir} was begun with {old!r}; give another run.dir, "
-                "or the old value."
-                for key, old, new in differing
-            ]
-        )
-    return found[0]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys in which two recipes differ, but for those that a continued run may change: (key, old value, new
-    value).
-    """
-    flat_old = {f"{section}.{key}": value for section, values in old.items() for key, value in values.items()}
-    flat_new = {f"{section}.{key}": value for section, values in new.items() for key, value in values.items()}
-    return [
-        (key, flat_old.get(key), value)
-        for key, value in flat_new.items()
-        if flat_old.get(key) != value and not key.startswith(MAY_CHANGE)
+def _prompts(recipe: Recipe, prepared: Prepared) -> list[list[int]]:
+    """eval.prompts as ids, at most half a context of each. Raises RecipeError for one that cannot be continued."""
+    context = recipe.model.context
+    prompts = [prepared.tokenizer.encode(prompt)[-max(1, context // 2) :] for prompt in recipe.eval.prompts]
+    problems = [
+        f"eval.prompts holds {text!r}; a prompt must have at least one token."
+        for text, ids in zip(recipe.eval.prompts, prompts, strict=True)
+        if not ids
     ]
+    if prompts and context < 2:
+        problems.append(f"model.context is {context}; it must be at least 2 to continue eval.prompts.")
+    if problems:
+        raise RecipeError(problems)
+    return prompts

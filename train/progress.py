@@ -42,11 +42,11 @@ class Say:
 
     def row(self, row: dict[str, float | int | None], steps: int, left: float) -> None:
         """A log row as a line: loss, lr, gradient norm, tokens/s, MFU, memory, data wait, time left."""
-        mfu = row.get("mfu")
+        mfu, norm = row.get("mfu"), row.get("grad_norm")
         parts = [
             f"loss {row['loss']:.4f}",
             f"lr {row['lr']:.2e}",
-            f"norm {row['grad_norm']:.2f}",
+            f"norm {norm:.2f}" if norm is not None else "norm n/a",  # no update since the last row was finite
             f"{row['tokens_per_second']:,.0f} tok/s",
             f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
             f"{row['memory_gib']:.2f} GiB",
