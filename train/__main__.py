@@ -1,13 +1,17 @@
-"""`accelerate launch -m train CONFIG [key=value ...]`, and the other verbs: `python -m train dashboard ...`."""
+"""`accelerate launch -m train CONFIG [key=value ...]`, and the verbs `python -m train evaluate ...` and `dashboard ...`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-VERBS = {"dashboard": "train.dashboard"}  # each module has main(argv) -> exit status; a bare CONFIG trains
+VERBS = {  # each module has main(argv) -> exit status; a bare CONFIG trains
+    "evaluate": "train.perplexity",
+    "dashboard": "train.dashboard",
+}
 
 USAGE = """usage: accelerate launch -m train CONFIG [section.key=value ...] [--dry-run]
+       python -m train evaluate FOLDER --text FILE [--context N] [--stride N] [--tokens N] [--dtype DTYPE]
        python -m train dashboard ...
 
 CONFIG is a recipe such as configs/demo.yaml, where every key is explained. --dry-run prints what the run would be."""
