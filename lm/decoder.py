@@ -37,10 +37,10 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.dim = config.dim
-        self.q_proj = Linear(config.width, config.heads * config.dim, bias=config.bias)
-        self.k_proj = Linear(config.width, config.kv * config.dim, bias=config.bias)
-        self.v_proj = Linear(config.width, config.kv * config.dim, bias=config.bias)
-        self.o_proj = Linear(config.heads * config.dim, config.width, bias=config.bias)
+        self.q_proj = Linear(config.width, config.heads * config.dim, bias=config.has_bias("qkv"))
+        self.k_proj = Linear(config.width, config.kv * config.dim, bias=config.has_bias("qkv"))
+        self.v_proj = Linear(config.width, config.kv * config.dim, bias=config.has_bias("qkv"))
+        self.o_proj = Linear(config.heads * config.dim, config.width, bias=config.has_bias("o"))
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.dim, config.norm_eps)
@@ -61,14 +61,14 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.layer, self.dropout, self.rotates = layer, config.dropout, config.rotates()[layer]
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
     def before(self, x: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(self.input_layernorm(x), table)
+        return self.self_attn.project(self.input_layernorm(x), table if self.rotates else None)
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + F.dropout(self.self_attn.o_proj(mixed.flatten(-2)), self.dropout, self.training)
@@ -104,7 +104,7 @@ class DecoderLM(nn.Module):
         """
         config = self.config
         if config.positions == "rotary":
-            return rotary_table(config.context, config.dim, config.rope_theta, device)
+            return rotary_table(config.context, config.dim, config.rope_theta, device, config.rope_scaling)
         if config.positions == "sinusoidal":
             return sinusoidal_table(config.context, config.width, device)
         return None

@@ -53,7 +53,7 @@ def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
     width = config.width if width is None else width
     if config.norm == "rms":
         return RMSNorm(width, config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.has_bias("norm"))
 
 
 class MLP(nn.Module):
@@ -62,10 +62,10 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.activation = config.activation
-        self.up_proj = Linear(config.width, config.inner, bias=config.bias)
+        self.up_proj = Linear(config.width, config.inner, bias=config.has_bias("mlp"))
         if config.activation == "swiglu":
-            self.gate_proj = Linear(config.width, config.inner, bias=config.bias)
-        self.down_proj = Linear(config.inner, config.width, bias=config.bias)
+            self.gate_proj = Linear(config.width, config.inner, bias=config.has_bias("mlp"))
+        self.down_proj = Linear(config.inner, config.width, bias=config.has_bias("mlp"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""

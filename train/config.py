@@ -78,11 +78,13 @@ class Model:
     norm_eps: float = 1e-5
     positions: str = "rotary"
     rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_pattern: str = "R"
     qk_norm: bool = False
     window: int | None = None
     window_pattern: str = "L"
     tie_embeddings: bool = True
-    bias: bool = False
+    bias: bool | str = False
     softcap: float | None = None
     dropout: float = 0.0
 

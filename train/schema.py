@@ -1,9 +1,9 @@
 """From a YAML mapping to typed values: every unknown key and every wrong type in one pass, each as a sentence.
 
 A section is a frozen dataclass whose field types say what is allowed: `int`, `float`, `bool`, `str`, `Literal`,
-`tuple`, unions of these, and `Annotated[..., Range(...)]` for bounds. Reading is strict about meaning and easy about
-spelling: YAML 1.1 takes `1e-3` for text, so text that spells a number is a number where one is wanted, `1e9` is a
-whole number, and one text stands for a list of one.
+`tuple`, `dict`, unions of these, and `Annotated[..., Range(...)]` for bounds. Reading is strict about meaning and easy
+about spelling: YAML 1.1 takes `1e-3` for text, so text that spells a number is a number where one is wanted, `1e9` is
+a whole number, and one text stands for a list of one.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
+def spelled(field: dataclasses.Field[Any]) -> str:
+    """A field's name as YAML has it: `from_` is `from`, which Python keeps for itself."""
+    return field.name.removesuffix("_")
+
+
 class Mismatch(Exception):
     """The value is not what its type says."""
 
@@ -64,7 +69,7 @@ def flatten(sections: Mapping[str, type], document: Mapping[Any, Any], problems:
                 f"{section} is {show(content)}; it is a section, with keys such as {example(sections, section)}."
             )
         else:
-            known = {field.name for field in dataclasses.fields(sections[section])}
+            known = {spelled(field) for field in dataclasses.fields(sections[section])}
             for key, value in content.items():
                 if key in known:
                     flat[f"{section}.{key}"] = value
@@ -75,7 +80,7 @@ def flatten(sections: Mapping[str, type], document: Mapping[Any, Any], problems:
 
 def unknown_key(sections: Mapping[str, type], key: str) -> str:
     """The sentence for a key that no section has, with what was probably meant."""
-    known = {f"{section}.{field.name}" for section, cls in sections.items() for field in dataclasses.fields(cls)}
+    known = {f"{section}.{spelled(field)}" for section, cls in sections.items() for field in dataclasses.fields(cls)}
     last = key.rpartition(".")[2]
     near = [name for name in sorted(known) if name.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(key, sorted(known | set(sections)), n=1, cutoff=0.75)
@@ -86,26 +91,29 @@ def unknown_key(sections: Mapping[str, type], key: str) -> str:
         return f"{key} is not a key; did you mean {' or '.join(near[:3])}?"
     section = key.partition(".")[0]
     if section in sections and "." in key:
-        keys = ", ".join(field.name for field in dataclasses.fields(sections[section]))
+        keys = ", ".join(spelled(field) for field in dataclasses.fields(sections[section]))
         return f"{key} is not a key; {section} has {keys}."
     return f"{key} is not a key; the sections are {', '.join(sections)}."
 
 
 def example(sections: Mapping[str, type], section: str) -> str:
-    return f"{section}.{dataclasses.fields(sections[section])[0].name}"
+    return f"{section}.{spelled(dataclasses.fields(sections[section])[0])}"
 
 
-def read(sections: Mapping[str, type], flat: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], set[str]]:
+def read(
+    sections: Mapping[str, type], flat: Mapping[str, Any], problems: list[str], excused: str | None = None
+) -> tuple[dict[str, Any], set[str]]:
     """Every key of every section with its typed value, or its default, and the keys that have neither.
 
-    A wrong type, a value out of bounds and a missing key that has no default each add a sentence to `problems`.
+    A wrong type, a value out of bounds and a missing key that has no default each add a sentence to `problems`; but
+    what is missing in the section `excused` has its sentence already.
     """
     values: dict[str, Any] = {}
     bad: set[str] = set()
     for section, cls in sections.items():
         hints = get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
-            key = f"{section}.{field.name}"
+            key = f"{section}.{spelled(field)}"
             if key in flat:
                 try:
                     values[key] = convert(flat[key], hints[field.name])
@@ -115,7 +123,8 @@ def read(sections: Mapping[str, type], flat: Mapping[str, Any], problems: list[s
             elif field.default is not dataclasses.MISSING:
                 values[key] = field.default
             else:
-                problems.append(f"{key} is missing; it must be {describe(hints[field.name])}.")
+                if section != excused:
+                    problems.append(f"{key} is missing; it must be {describe(hints[field.name])}.")
                 bad.add(key)
     return values, bad
 
@@ -146,6 +155,10 @@ def convert(value: Any, hint: Any) -> Any:
         if len(items) != len(arguments):
             raise Mismatch
         return tuple(convert(item, kind) for item, kind in zip(items, arguments, strict=True))
+    if origin is dict:  # whose keys are checked where they are understood
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {key: _spelled(item) for key, item in value.items()}
+        raise Mismatch
     if hint is type(None):
         if value is None:
             return None
@@ -169,6 +182,16 @@ def _number(value: float | str, kind: type) -> float | int:
     return int(number) if kind is int else number
 
 
+def _spelled(value: Any) -> Any:
+    """A number that YAML 1.1 takes for text, such as 1e-3, as the number."""
+    if isinstance(value, str):
+        try:
+            return _number(value, float)
+        except Mismatch:
+            return value
+    return value
+
+
 def describe(hint: Any) -> str:
     """What a type allows, in words."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -182,4 +205,6 @@ def describe(hint: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"a list of which each is {describe(arguments[0])}"
         return f"a list of {len(arguments)}, each {describe(arguments[0])}"
+    if origin is dict:
+        return "keys with their values"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]

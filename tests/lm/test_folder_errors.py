@@ -77,7 +77,7 @@ def refused(folder: Path) -> str:
 
 
 Break = Callable[[Path], Any]
-ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+ROPE = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 5e5}
 CASES: list[tuple[str, str, Break, str]] = [
     # what, family, how, the sentence (FOLDER stands for its path)
     ("no folder", "llama", shutil.rmtree, "FOLDER is not a folder; a model is a folder with config.json and "),
@@ -102,7 +102,7 @@ CASES: list[tuple[str, str, Break, str]] = [
         "llama",
         lambda f: change(f, architectures=["MambaForCausalLM"]),
         "FOLDER/config.json: architectures is ['MambaForCausalLM']; the supported ones are GPT2LMHeadModel, "
-        "HeedForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM.",
+        "HeedForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3For",
     ),
     ("nested", "llama", lambda f: change(f, architectures=[["x"]]), "FOLDER/config.json: architectures is [['x']]; "),
     (
@@ -144,13 +144,25 @@ CASES: list[tuple[str, str, Break, str]] = [
         "rope",
         "llama",
         lambda f: change(f, rope_parameters=ROPE),
-        "FOLDER/config.json: rope_type is 'llama3'; the suppor",
+        "FOLDER/config.json: rope_type is 'longrope'; the supported ones are default, linear, dynamic, llama3, yarn.",
     ),
     (
         "old rope",
         "qwen3",
-        lambda f: change(f, rope_parameters=..., rope_scaling={"type": "linear", "factor": 2.0}),
-        "FOLDER/config.json: rope_type is 'linear'; the supported one is default.",
+        lambda f: change(f, rope_parameters=..., rope_scaling={"type": "linear"}),
+        "FOLDER/config.json: rope_scaling of type linear lacks factor.",
+    ),
+    (
+        "quantised",
+        "llama",
+        lambda f: change(f, quantization_config={"quant_method": "gptq"}),
+        "FOLDER/config.json: quantization_config is given; weights must be float32, ",
+    ),
+    (
+        "bytes",
+        "llama",
+        lambda f: weights(f, lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        "FOLDER/model.safetensors: model.norm.weight is int8; weights must be float32, ",
     ),
     ("rope is text", "llama", lambda f: change(f, rope_parameters="yarn"), "FOLDER/config.json: a value has the wrong"),
     (
@@ -162,14 +174,14 @@ CASES: list[tuple[str, str, Break, str]] = [
     (
         "windows",
         "qwen3",
-        lambda f: change(f, use_sliding_window=True),
-        "FOLDER/config.json: use_sliding_window is true; ",
+        lambda f: change(f, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "chunked"]),
+        "FOLDER/config.json: layer_types has 'chunked'; the supported ones are sliding_attention, full_attention.",
     ),
     (
         "biases",
         "qwen3",
         lambda f: change(f, attention_bias=True),
-        "FOLDER/config.json: attention_bias is True and mlp_b",
+        "FOLDER: the tensor layers.0.self_attn.k_proj.bias is missing from the weights.",
     ),
     (
         "dtype",
@@ -187,7 +199,7 @@ CASES: list[tuple[str, str, Break, str]] = [
         "too large",
         "llama",
         lambda f: change(f, vocab_size=10**15),
-        "FOLDER: the config's model does not fit into memory",
+        "FOLDER: the config asks for 64000000000032928 parameters in 2 layers; the weights hold ",
     ),
     (
         "no weights",

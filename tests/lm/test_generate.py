@@ -139,7 +139,7 @@ def test_pieces_come_before_the_end(folder: Path) -> None:
         (["FOLDER", "a\udcff"], "the prompt is not UTF-8; it must be text."),
         (
             ["FOLDER/gone", "a"],
-            "FOLDER/gone is not a folder; a model is a folder with config.json and model.safetensors.",
+            "FOLDER/gone is not a folder; a model is a folder with config.json and model.safetensors, or a GGUF file.",
         ),
         (["FOLDER", "a", "--temperature", "3"], "temperature must be in [0, 2], got 3.0."),
         (["FOLDER", "a", "--top-p", "0"], "top_p must be in (0, 1], got 0.0."),

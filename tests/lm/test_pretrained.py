@@ -30,6 +30,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [  # what transformers can hold
     ("Qwen3ForCausalLM", {"qk_norm": True, "tie_embeddings": False}),
     ("GPT2LMHeadModel", GPT2),
     ("GPT2LMHeadModel", GPT2 | {"mlp_width": 40, "norm_eps": 1e-3}),
+    ("GPT2LMHeadModel", GPT2 | {"activation": "gelu", "tie_embeddings": False}),
 ]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(OTHERS)]
 
@@ -94,7 +95,7 @@ def test_dropout_is_of_training_and_other_shapes_are_ours(make: Make, tmp_path: 
     assert load(tmp_path / "model").config == make().config
     for options in ({"window": 4, "window_pattern": "SL"}, {"softcap": 9.0}, {"positions": "none"}, {"norm": "layer"}):
         assert family_of(make(**options).config).architecture == "HeedForCausalLM"
-    for change in ({"tie_embeddings": False}, {"bias": False}, {"qk_norm": True}, {"head_dim": 16}, {"kv_heads": 2}):
+    for change in ({"bias": False}, {"qk_norm": True}, {"head_dim": 16}, {"kv_heads": 2}):
         assert family_of(make(**GPT2 | change).config).architecture == "HeedForCausalLM"
 
 
