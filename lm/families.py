@@ -414,6 +414,9 @@ FAMILIES = (
 )
 
 
-def family_of(config: DecoderConfig) -> Family:
-    """The first family whose mathematics the decoder's is; ours is the last resort."""
-    return next(family for family in FAMILIES if family.is_ours(config))
+def family_of(config: DecoderConfig, preferred: str | None = None) -> Family:
+    """The family of the architecture `preferred` if the decoder's mathematics is its, else the first whose it is; ours
+    is the last resort.
+    """
+    possible = [family for family in FAMILIES if family.is_ours(config)]
+    return next((family for family in possible if family.architecture == preferred), possible[0])

@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "own_dtype",
+    "read_architecture",
     "read_config",
     "save",
     "stop_ids",
@@ -51,6 +52,8 @@ def save(
     tokenizer: Tokenizer | None = None,
     weights: Weights | None = None,
     generation: Values | None = None,
+    architecture: str | None = None,
+    extra: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the folder, aside and renamed: a folder that exists is complete. `dtype` is the one it is meant to be
@@ -58,13 +61,15 @@ def save(
 
     tokenizer: saved beside the weights; its EOS and BOS ids go into the configs (none is legal). weights: the state
     dict to write in place of the model's own (gathered from shards, or averaged). generation: keys for
-    generation_config.json, such as several ids of eos_token_id; they win over the tokenizer's.
+    generation_config.json, such as several ids of eos_token_id; they win over the tokenizer's. architecture: the family
+    to save as where the decoder is one of it (read_architecture), else the first that it is one of. extra: further text
+    files by name, such as README.md.
     """
     target = Path(folder)
     aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    family = family_of(model.config)
+    family = family_of(model.config, architecture)
     name = next(key for key, value in DTYPES.items() if value == dtype)
     # Said even when there is none, against foreign defaults.
     special: Values = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -75,6 +80,8 @@ def save(
     _write_json(aside / "config.json", values)
     said = {key: value for key, value in special.items() if value is not None} | (generation or {})
     _write_json(aside / "generation_config.json", said)
+    for file, text in (extra or {}).items():
+        (aside / file).write_text(text, encoding="utf-8")
     packed = family.pack(model.state_dict() if weights is None else weights)
     _write_weights(aside, {key: tensor.detach() for key, tensor in packed.items()}, dtype, shard_bytes)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -117,6 +124,12 @@ def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
 
         return gguf.decoder_config(gguf.read(path))
     return _read_config(path)[0]
+
+
+def read_architecture(path: str | os.PathLike[str]) -> str | None:
+    """The family that a folder's config.json names; None for a GGUF file, which does not say. Raises FolderError."""
+    path = Path(path)
+    return None if path.is_file() else _read_config(path)[1].architecture
 
 
 def own_dtype(path: str | os.PathLike[str]) -> torch.dtype:
