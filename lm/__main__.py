@@ -6,11 +6,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = {"generate": "lm.generate"}  # each module has main(argv) -> exit status
+VERBS = {"convert": "lm.convert", "generate": "lm.generate"}  # each module has main(argv) -> exit status
 
-USAGE = """usage: python -m lm generate FOLDER PROMPT [options]
+USAGE = """usage: python -m lm generate MODEL PROMPT [options]
+       python -m lm convert SOURCE DEST [options]
 
-generate   continue a prompt with a model folder, on the console
+generate   continue a prompt with a model folder or GGUF file, on the console
+convert    write a model folder or GGUF file as another
 (each verb explains its options with --help)"""
 
 

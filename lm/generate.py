@@ -1,14 +1,12 @@
-"""`python -m lm generate FOLDER PROMPT`: continue a prompt, written to the console as it comes."""
+"""`python -m lm generate MODEL PROMPT`: continue a prompt, written to the console as it comes."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
@@ -44,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
-        prog="python -m lm generate", description="Continue a prompt with a model folder, on the console as it comes."
+        prog="python -m lm generate",
+        description="Continue a prompt with a model folder or GGUF file, on the console as it comes.",
     )
     add = parser.add_argument
-    add("folder", help="a model folder: config.json, model.safetensors, tokenizer.json")
+    add("folder", metavar="MODEL", help="a model folder (config.json, model.safetensors, tokenizer.json) or GGUF file")
     add("prompt", help="the text to continue")
     add("--max-tokens", type=int, default=256, help="tokens to add at most (default 256)")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
@@ -55,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="draw from this many likeliest tokens (default 0: all)")
     add("--min-p", type=float, default=0.0, help="least share of the likeliest one's probability (default 0)")
     add("--seed", type=int, help="the same seed gives the same text (default: another each time)")
-    add("--dtype", choices=DTYPES, default="auto", help="to compute in (default auto: the folder's own)")
+    add("--dtype", choices=DTYPES, default="auto", help="to compute in (default auto: the model's own)")
     return parser
 
 
@@ -76,7 +75,7 @@ def continuation(folder: str, prompt: str, params: SamplingParams, dtype: str = 
     from lm import pretrained, search
 
     model = pretrained.load(folder, None if dtype == "auto" else getattr(torch, dtype))
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = pretrained.load_tokenizer(folder)
     size, context = model.config.vocab_size, model.config.context
     if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
         raise ValueError("the prompt is not UTF-8; it must be text.")
@@ -90,21 +89,11 @@ def continuation(folder: str, prompt: str, params: SamplingParams, dtype: str = 
 
     def pieces() -> Iterator[str]:
         text = TextStream(tokenizer, ids)
-        for produced in search.stream(model, [ids], params, stop_ids(folder, tokenizer)):
+        for produced in search.stream(model, [ids], params, pretrained.stop_ids(folder, tokenizer)):
             yield text.feed(produced[0][1])
         yield text.finish()
 
     return pieces()
-
-
-def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end a text: the tokenizer's EOS and all that generation_config.json names. None is legal."""
-    try:
-        named = json.loads((Path(folder) / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None
-    ids = [tokenizer.eos_id, *(named if isinstance(named, list) else [named])]
-    return {id for id in ids if isinstance(id, int)}
 
 
 class TextStream:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lm import DecoderLM, SamplingParams, generate, pretrained
 from lm.__main__ import main
-from lm.generate import TextStream, continuation, stop_ids
+from lm.generate import TextStream, continuation
+from lm.pretrained import stop_ids
 from lm.search import generate as search
 from lm.tokenizer import Tokenizer, train_bpe, train_characters
 
@@ -81,12 +82,12 @@ def test_spaces_that_a_decoder_drops_in_front_are_kept_between_tokens() -> None:
 
 
 def test_every_end_of_text_id_stops(bpe: Tokenizer, tmp_path: Path) -> None:
-    assert stop_ids(tmp_path, bpe) == {bpe.eos_id}
+    assert set(stop_ids(tmp_path, bpe)) == {bpe.eos_id}
     for named, expected in (([5, 6], {bpe.eos_id, 5, 6}), (7, {bpe.eos_id, 7}), (None, {bpe.eos_id})):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-        assert stop_ids(tmp_path, bpe) == expected
+        assert set(stop_ids(tmp_path, bpe)) == expected
     (tmp_path / "generation_config.json").write_text("[]")
-    assert stop_ids(tmp_path, train_characters(TEXT)) == set()
+    assert stop_ids(tmp_path, train_characters(TEXT)) == []
 
 
 # ------------------------------------------------------------ the command
@@ -182,9 +183,9 @@ def test_verbs_and_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["fly"]) == 2
     said = capsys.readouterr().err
     assert "a verb must come first." in said
-    assert "fly is not a verb; the verbs are generate." in said
+    assert "fly is not a verb; the verbs are convert, generate." in said
     assert main(["--help"]) == 0
-    assert "usage: python -m lm generate FOLDER PROMPT" in capsys.readouterr().out
+    assert "usage: python -m lm generate MODEL PROMPT" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         generate.main(["--help"])
     assert left.value.code == 0
