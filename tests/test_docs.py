@@ -93,9 +93,13 @@ def check_python(arguments: list[str]) -> None:
         return
     module, *rest = arguments[1:]
     if module == "train" and rest and rest[0].endswith(".yaml"):
-        from train.config import load
+        from train.config import RecipeError, load
 
-        load(ROOT / rest[0], [word for word in rest[1:] if not word.startswith("--")])
+        try:
+            load(ROOT / rest[0], [word for word in rest[1:] if not word.startswith("--")])
+        except RecipeError as error:  # the model that it continues from is one that another command makes
+            (problem,) = error.problems
+            assert re.match("model.from is .* is not a folder", problem), problem
         assert {word for word in rest[1:] if word.startswith("--")} <= {"--dry-run"}, rest
     elif module == "train":
         assert (ROOT / "train" / f"{rest[0]}.py").exists(), rest

@@ -1,4 +1,4 @@
-"""`accelerate launch -m train CONFIG [key=value ...]`, and the verbs `python -m train evaluate ...` and `dashboard ...`."""
+"""`accelerate launch -m train CONFIG [key=value ...]`, and the other verbs, such as `python -m train evaluate ...`."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from lm.config import DecoderConfig
-from train import rules
-from train.schema import Range, example, flatten, read, show, unknown_key
+from train import origin, rules
+from train.schema import Range, RecipeError, example, flatten, key_of, read, show, unknown_key
 
 Count = Annotated[int, Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
@@ -26,19 +26,12 @@ Share = Annotated[float, Range(least=0, most=1)]
 Fraction = Annotated[float, Range(above=0, below=1)]
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot run. `problems` holds one sentence for each thing that is wrong."""
-
-    def __init__(self, problems: Sequence[str]):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     dir: str  # load() fills in runs/NAME-OF-THE-RECIPE
     seed: Annotated[int, Range(least=0, below=2**32)] = 1337
     resume: Literal["auto", "never", "must"] = "auto"
+    license: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +57,12 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """lm.DecoderConfig's fields but vocab_size, which the tokenizer decides. lm.DecoderConfig checks the values."""
+    """lm.DecoderConfig's fields but vocab_size, which the tokenizer decides. lm.DecoderConfig checks the values.
 
+    With `from` all but `context` and `dropout` are those of the folder that it names.
+    """
+
+    from_: str | None = None  # the key is `from`, which Python keeps for itself
     context: Count
     layers: Count
     width: Count
@@ -156,6 +153,7 @@ class Recipe:
     eval: Eval
     checkpoint: Checkpoint
     log: Log
+    origin: DecoderConfig | None = None  # the decoder in model.from, with its own vocabulary and longest context
 
     @property
     def total_steps(self) -> int:
@@ -166,16 +164,29 @@ class Recipe:
         return -(-self.train.tokens // self.train.batch_tokens)
 
     def decoder_config(self, vocab_size: int) -> DecoderConfig:
-        """The model's shape for a tokenizer of `vocab_size` entries."""
-        return DecoderConfig(vocab_size=vocab_size, **dataclasses.asdict(self.model))
+        """The model's shape for a tokenizer of `vocab_size` entries; with model.from the shape of that model.
+
+        Of such a model `context` is the longest that it can see; what it trains on is `model.context`.
+        """
+        if self.origin is not None:
+            return dataclasses.replace(self.origin, dropout=self.model.dropout)
+        shape = dataclasses.asdict(self.model)
+        del shape["from_"]
+        return DecoderConfig(vocab_size=vocab_size, **shape)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Every key with its value, as YAML and JSON know them (lists, no tuples)."""
-        plain = dataclasses.asdict(self)
-        return {
-            name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
-            for name, section in plain.items()
-        }
+        """Every key with its value, as YAML and JSON know them (lists, no tuples); with model.from without those that
+        its folder decides."""
+        plain: dict[str, dict[str, Any]] = {}
+        for name, cls in SECTIONS.items():
+            values = dataclasses.asdict(getattr(self, name))
+            plain[name] = {
+                key_of(field): list(value) if isinstance(value := values[field.name], tuple) else value
+                for field in dataclasses.fields(cls)
+            }
+        if self.model.from_ is not None:
+            plain["model"] = {key: plain["model"][key] for key in origin.OWN_KEYS}
+        return plain
 
     def to_yaml(self) -> str:
         """A document that load() reads back as an equal recipe."""
@@ -203,6 +214,10 @@ REPLACES = {
     "data.text": ("data.dataset", "data.dataset_config", "data.split", "data.streaming"),
     "data.dataset": ("data.text", "data.separator"),
     "tokenizer.kind": ("tokenizer.vocab_size", "tokenizer.folder"),
+    "model.from": (
+        *(f"tokenizer.{field.name}" for field in dataclasses.fields(Tokenizer)),
+        *(f"model.{key_of(field)}" for field in dataclasses.fields(Model) if key_of(field) not in origin.OWN_KEYS),
+    ),
 }
 
 
@@ -215,15 +230,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     flat = flatten(SECTIONS, _read_yaml(Path(path)), problems)
     flat = _override(flat, overrides, problems)
     flat.setdefault("run.dir", f"runs/{Path(path).stem}")
-    values, bad = read(SECTIONS, flat, problems)
+    continues = flat.get("model.from") is not None
+    start = origin.complete(flat, problems) if continues else None
+    values, bad = read(SECTIONS, flat, problems, excused="model" if continues and start is None else None)
     rules.check(values, bad, problems)
+    if start is not None:
+        origin.check(start, values, bad, problems)
     if problems:
         raise RecipeError(problems)
     parts = {
-        name: cls(**{field.name: values[f"{name}.{field.name}"] for field in dataclasses.fields(cls)})
+        name: cls(**{field.name: values[f"{name}.{key_of(field)}"] for field in dataclasses.fields(cls)})
         for name, cls in SECTIONS.items()
     }
-    return Recipe(**parts)
+    return Recipe(**parts, origin=start)
 
 
 def check_launch(recipe: Recipe, fsdp2: bool) -> None:
@@ -291,7 +310,7 @@ def _override(flat: Mapping[str, Any], overrides: Sequence[str], problems: list[
             problems.append(
                 f"{override}: {section} is a section; set its keys, such as {example(SECTIONS, section)}=VALUE."
             )
-        elif section not in SECTIONS or name not in {field.name for field in dataclasses.fields(SECTIONS[section])}:
+        elif section not in SECTIONS or name not in {key_of(field) for field in dataclasses.fields(SECTIONS[section])}:
             problems.append(unknown_key(SECTIONS, key))
         else:
             try:

@@ -76,7 +76,7 @@ def memory(recipe: Recipe, config: DecoderConfig, world: World, device: str) -> 
     if config.dropout:
         attention, mlp = attention + w, mlp + w  # masks, a byte each
     block, entering = attention + mlp, 4 * w
-    tokens = micro_rows(recipe, world) * config.context
+    tokens = micro_rows(recipe, world) * recipe.model.context
     kept = config.layers * entering + block if recipe.train.activation_checkpointing else config.layers * block
     slice_ = LOSS_SLICE if device == "cuda" else 1 << 21
     rows = min(tokens, max(64, slice_ // config.vocab_size))
@@ -100,9 +100,9 @@ def estimate(
 ) -> list[str]:
     """The lines of a dry run. `device`: cpu | cuda."""
     parts = config.parameters()
-    steps, batch, context = recipe.total_steps, recipe.train.batch_tokens, config.context
+    steps, batch, context = recipe.total_steps, recipe.train.batch_tokens, recipe.model.context
     trained = steps * batch
-    flops = config.flops_per_token()
+    flops = config.flops_per_token(context)
     rows, micro = batch // context, micro_rows(recipe, world)
     share = -(-rows // world.ranks)
     tied = " (tied to the embedding)" if config.tie_embeddings else ""
@@ -110,7 +110,7 @@ def estimate(
     how = f"FSDP2 over {world.ranks} ranks" if world.sharded else f"{world.ranks} rank" + "s" * (world.ranks > 1)
     lines = [
         f"model        {config.layers} layers, width {config.width}, {config.heads} heads of {config.dim} "
-        f"({config.kv} for keys and values), vocabulary {config.vocab_size:,}, context {context:,}",
+        f"({config.kv} for keys and values), vocabulary {config.vocab_size:,}, context {config.context:,}",
         f"parameters   {parts['total']:,}: embedding {parts['embedding']:,} + layers {parts['layers']:,} "
         f"+ head {parts['head']:,}{tied}",
         f"FLOPs        {_si(flops)} a token, forward and backward: 6 x the parameters in products, "
@@ -150,6 +150,8 @@ def main_dry_run(recipe: Recipe) -> list[str]:
     device = "cuda" if use_gpu else "cpu"
     speed = _gpu_speed(recipe) if use_gpu else _cpu_speed(recipe)
     lines = [f"run          {recipe.run.dir}, seed {recipe.run.seed}, {recipe.train.dtype}"]
+    if recipe.model.from_ is not None:
+        lines.append(f"from         {recipe.model.from_}: its shape, its tokenizer, its weights")
     lines += estimate(recipe, config, count, world, speed, device)
     if note:
         lines.append(f"vocabulary   {note}")

@@ -32,15 +32,15 @@ def evaluate(
     launch: Launch,
     split: Tokens,
     *,
+    context: int,
     limit: int | None = None,
     eos_id: int | None = None,
     document_mask: bool = False,
 ) -> Held:
-    """The mean loss of `model` over a split, or its first `limit` targets, in windows of the model's context.
+    """The mean loss of `model` over a split, or its first `limit` targets, in windows of `context` tokens.
 
     The ranks share the batches. Each runs equally many, for the collectives that a sharded model makes in its forward.
     """
-    context = model.config.context
     rows = max(1, LOGITS // (context * min(model.config.vocab_size, 4096)))
     batches = windows(split, context, rows=rows, limit=limit, eos_id=eos_id, document_mask=document_mask)
     training = model.training

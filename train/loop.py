@@ -25,7 +25,7 @@ from lm import pretrained
 from lm.decoder import Block, DecoderLM
 from lm.sampling import SamplingParams
 from lm.search import generate
-from train import checkpoint, launch, plot, resume
+from train import card, checkpoint, launch, origin, plot, resume
 from train.checkpoint import Progress
 from train.config import Recipe, RecipeError
 from train.data import Batches
@@ -59,14 +59,14 @@ class Trainer:
         self.prompts = _prompts(recipe, prepared)
         self.batches = Batches(
             prepared.train,
-            context=self.config.context,
+            context=recipe.model.context,
             batch_tokens=recipe.train.batch_tokens,
             seed=recipe.run.seed,
             eos_id=prepared.tokenizer.eos_id,
             document_mask=recipe.data.document_mask,
         )
         torch.manual_seed(recipe.run.seed)  # the same weights on every rank
-        self.bare = DecoderLM(self.config)
+        self.bare = DecoderLM(self.config) if recipe.origin is None else origin.load(recipe)
         self.bare.recompute = recipe.train.activation_checkpointing
         self.optimizer: Any = make_optimizer(self.bare, recipe.optim)
         if recipe.train.compile:
@@ -174,7 +174,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * rate
         if self.config.dropout:
             launch.seed_step(recipe.run.seed, progress.step, here.rank)
-        targets = self.batches.sequences * self.config.context  # of the global batch; each window is full
+        targets = self.batches.sequences * self.batches.context  # of the global batch; each window is full
         for number, micro_batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
             with nullcontext() if last else here.accelerator.no_sync(self.model):
@@ -206,6 +206,8 @@ class Trainer:
         if here.device.type == "cpu":
             where += f", {torch.get_num_threads()} thread(s) each"
         begun = f"continues at step {self.progress.step}" if self.progress.step else "begins"
+        if self.recipe.model.from_ is not None and not self.progress.step:
+            begun += f" from {self.recipe.model.from_}"
         epochs = self.batches.epoch(self.steps)
         self.say.sentence(
             f"{self.run_dir} {begun}: {counts['total']:,} parameters, {self.steps:,} steps of "
@@ -219,7 +221,8 @@ class Trainer:
         loss /= window.targets
         seconds = now - window.began
         speed = window.targets / seconds
-        mfu = speed * self.config.flops_per_token() / (self.peak * self.here.world) if self.peak else None
+        flops = self.config.flops_per_token(self.batches.context)
+        mfu = speed * flops / (self.peak * self.here.world) if self.peak else None
         split = self.data.train
         row = {
             "step": self.progress.step,
@@ -247,6 +250,7 @@ class Trainer:
                 self.model if self.here.fsdp2 else self.bare,
                 self.here,
                 self.data.validation,
+                context=self.batches.context,
                 limit=recipe.eval.tokens,
                 eos_id=tokenizer.eos_id,
                 document_mask=recipe.data.document_mask,
@@ -297,7 +301,15 @@ class Trainer:
         weights = checkpoint.gather(self.bare.state_dict(), self.here.main)
         if self.here.main:
             dtype = torch.bfloat16 if self.recipe.train.dtype == "bf16" else torch.float32
-            pretrained.save(self.bare, folder, dtype=dtype, tokenizer=self.data.tokenizer, weights=weights)
+            pretrained.save(
+                self.bare,
+                folder,
+                dtype=dtype,
+                tokenizer=self.data.tokenizer,
+                weights=weights,
+                extra={"README.md": card.write(self.recipe, self.config, self.data, self.run_dir, self.progress.step)},
+                **origin.kept(self.recipe, self.data.tokenizer),
+            )
         self.here.wait()
 
     def _finish(self) -> None:

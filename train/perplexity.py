@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         description="Perplexity, nats a token and bits a byte of a model folder on a text, counted as transformers do.",
     )
     add = parser.add_argument
-    add("folder", help="a model folder: config.json, model.safetensors, tokenizer.json")
+    add("folder", help="a model folder (config.json, model.safetensors, tokenizer.json) or a GGUF file")
     add("--text", required=True, metavar="FILE", help="a plain text in UTF-8")
     add(
         "--context",
@@ -151,7 +151,7 @@ def report(options: argparse.Namespace) -> list[str]:
     if options.tokens is not None and options.tokens < 2:
         raise ValueError(f"--tokens is {options.tokens}; it must be at least 2, as the first has nothing before it.")
     text = read_text(options.text)
-    tokenizer = Tokenizer.load(options.folder)
+    tokenizer = pretrained.load_tokenizer(options.folder)
     ids = first_ids(tokenizer, text, options.tokens)
     if len(ids) < 2:
         raise ValueError(f"--text is {options.text}, which has {len(ids)} token(s); it must have at least 2.")

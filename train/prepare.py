@@ -23,10 +23,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from lm import pretrained
 from lm.tokenizer import END_OF_TEXT_CHARACTER, Tokenizer, TokenizerError, train_bpe, train_characters
 from train import shards
 from train.bar import bar
@@ -73,6 +74,8 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     except OSError as error:
         raise RecipeError([f"data.cache is {show(str(cache))}, and it cannot be used: {error.strerror}."]) from None
     assert prepared is not None
+    if given is not None:  # equal ids may come with another chat template, which the cache does not tell apart
+        prepared = replace(prepared, tokenizer=given)
     _check(recipe, source, prepared)
     return prepared
 
@@ -102,14 +105,25 @@ def _inputs(recipe: Recipe) -> tuple[Source, Source | None, Tokenizer | None]:
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The tokenizer in `tokenizer.folder`; None where one is to be learned. Raises RecipeError."""
-    folder = recipe.tokenizer.folder
+    """The tokenizer in `tokenizer.folder`, which is model.from's where that is given; None where one is to be learned.
+    Raises RecipeError.
+    """
+    folder, start = recipe.tokenizer.folder, recipe.origin
     if folder is None:
         return None
+    key = "tokenizer.folder" if start is None else "model.from"
     try:
-        return Tokenizer.load(folder)
-    except TokenizerError as error:
-        raise RecipeError([f"tokenizer.folder is {show(folder)}: {error}"]) from None
+        tokenizer = Tokenizer.load(folder) if start is None else pretrained.load_tokenizer(folder)
+    except (TokenizerError, pretrained.FolderError) as error:
+        raise RecipeError([f"{key} is {show(folder)}: {error}"]) from None
+    if start is not None and tokenizer.vocab_size > start.vocab_size:
+        raise RecipeError(
+            [
+                f"model.from is {show(folder)}: its tokenizer has {tokenizer.vocab_size} entries and its model "
+                f"{start.vocab_size}; the model must have at least as many."
+            ]
+        )
+    return tokenizer
 
 
 def _fingerprint(

@@ -16,6 +16,7 @@ from train.schema import show
 # What may differ when a run is continued: none of it changes what the steps before would have computed.
 MAY_CHANGE = (
     "run.resume",
+    "run.license",
     "train.steps",
     "train.tokens",
     "train.micro_batch",

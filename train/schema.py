@@ -13,8 +13,16 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run. `problems` holds one sentence for each thing that is wrong."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
-def spelled(field: dataclasses.Field[Any]) -> str:
+def key_of(field: dataclasses.Field[Any]) -> str:
     """A field's name as YAML has it: `from_` is `from`, which Python keeps for itself."""
     return field.name.removesuffix("_")
 
@@ -69,7 +77,7 @@ def flatten(sections: Mapping[str, type], document: Mapping[Any, Any], problems:
                 f"{section} is {show(content)}; it is a section, with keys such as {example(sections, section)}."
             )
         else:
-            known = {spelled(field) for field in dataclasses.fields(sections[section])}
+            known = {key_of(field) for field in dataclasses.fields(sections[section])}
             for key, value in content.items():
                 if key in known:
                     flat[f"{section}.{key}"] = value
@@ -80,7 +88,7 @@ def flatten(sections: Mapping[str, type], document: Mapping[Any, Any], problems:
 
 def unknown_key(sections: Mapping[str, type], key: str) -> str:
     """The sentence for a key that no section has, with what was probably meant."""
-    known = {f"{section}.{spelled(field)}" for section, cls in sections.items() for field in dataclasses.fields(cls)}
+    known = {f"{section}.{key_of(field)}" for section, cls in sections.items() for field in dataclasses.fields(cls)}
     last = key.rpartition(".")[2]
     near = [name for name in sorted(known) if name.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(key, sorted(known | set(sections)), n=1, cutoff=0.75)
@@ -91,13 +99,13 @@ def unknown_key(sections: Mapping[str, type], key: str) -> str:
         return f"{key} is not a key; did you mean {' or '.join(near[:3])}?"
     section = key.partition(".")[0]
     if section in sections and "." in key:
-        keys = ", ".join(spelled(field) for field in dataclasses.fields(sections[section]))
+        keys = ", ".join(key_of(field) for field in dataclasses.fields(sections[section]))
         return f"{key} is not a key; {section} has {keys}."
     return f"{key} is not a key; the sections are {', '.join(sections)}."
 
 
 def example(sections: Mapping[str, type], section: str) -> str:
-    return f"{section}.{spelled(dataclasses.fields(sections[section])[0])}"
+    return f"{section}.{key_of(dataclasses.fields(sections[section])[0])}"
 
 
 def read(
@@ -113,7 +121,7 @@ def read(
     for section, cls in sections.items():
         hints = get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
-            key = f"{section}.{spelled(field)}"
+            key = f"{section}.{key_of(field)}"
             if key in flat:
                 try:
                     values[key] = convert(flat[key], hints[field.name])

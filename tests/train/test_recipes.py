@@ -15,12 +15,14 @@ import yaml
 from lm.pretrained import family_of
 from train.__main__ import main
 from train.config import SECTIONS, check_launch, load
+from train.schema import key_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
-HAVE_RUN = {"demo", "shakespeare-char", "cpu"}  # whatever else there is has not, and says so in its first line
+# Whatever else there is has not, and says so in its first line.
+HAVE_RUN = {"demo", "finetune", "shakespeare-char", "cpu"}
 
 
 def keys_with_comments(path: Path) -> dict[str, str]:
@@ -38,15 +40,23 @@ def keys_with_comments(path: Path) -> dict[str, str]:
     return found
 
 
+def begun(path: Path, folder: Path) -> list[str]:
+    """A recipe that continues from a model that another run makes continues from this one."""
+    return [f"model.from={folder}"] if path.stem == "finetune" else []
+
+
 def test_there_are_the_recipes_that_the_project_promises() -> None:
-    assert set(NAMES) >= {"demo", "shakespeare-char", "shakespeare-char-gpu", "gpt2-124m", "llama-1b", "smollm-135m"}
+    assert set(NAMES) >= {"demo", "finetune", "shakespeare-char", "shakespeare-char-gpu"}
+    assert set(NAMES) >= {"gpt2-124m", "llama-1b", "smollm-135m"}
     assert {path.stem for path in LAUNCHERS} >= {"cpu", "gpu", "node-ddp", "node-fsdp2", "nodes-ddp", "nodes-fsdp2"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_a_dry_run_passes(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_passes(
+    path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    status = main([str(path), "--dry-run"])
+    status = main([str(path), *begun(path, tiny_folder), "--dry-run"])
     captured = capsys.readouterr()
     assert (status, captured.err) == (0, "")
     for line in ("parameters", "FLOPs", "memory", "steps", "text", "epochs", "time"):
@@ -64,17 +74,17 @@ def test_a_dry_run_through_the_launcher_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_every_key_is_explained_where_it_stands(path: Path) -> None:
+def test_every_key_is_explained_where_it_stands(path: Path, tiny_folder: Path) -> None:
     explained = keys_with_comments(path)
     written = {f"{section}.{key}" for section, keys in yaml.safe_load(path.read_text()).items() for key in keys}
     assert set(explained) == written
     assert [key for key, comment in explained.items() if len(comment) < 12] == []
-    assert load(path).run.dir == f"runs/{path.stem}"
+    assert load(path, begun(path, tiny_folder)).run.dir == f"runs/{path.stem}"
 
 
 def test_the_demo_lists_every_key_with_its_true_default() -> None:
     explained = keys_with_comments(ROOT / "configs/demo.yaml")
-    fields = {f"{name}.{field.name}": field for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    fields = {f"{name}.{key_of(field)}": field for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
     assert set(explained) == set(fields)
     text = (ROOT / "configs/demo.yaml").read_text()
     for key, field in fields.items():
