@@ -17,6 +17,22 @@ FAMILY: dict[str, dict[str, Any]] = {
     "llama-biased": {"bias": True, "tie_embeddings": False, "rope_theta": 5e4, "kv_heads": 2},
     "qwen3": {"qk_norm": True, "kv_heads": 2, "head_dim": 16, "norm_eps": 1e-6},
     "qwen3-one-kv-head": {"qk_norm": True, "kv_heads": 1, "tie_embeddings": False},
+    "long-context": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "bias": "qkv",
+    },
+    "partly-rotated": {
+        "rope_pattern": "RN",
+        "rope_scaling": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16},
+        "bias": "mlp",
+        "tie_embeddings": False,
+    },
     "gpt2": {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh"},
     "sinusoidal": {"positions": "sinusoidal", "norm": "layer", "activation": "gelu", "tie_embeddings": False},
     "no-positions": {"positions": "none", "activation": "relu2", "softcap": 5.0, "kv_heads": 2},

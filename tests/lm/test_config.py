@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lm import ConfigError, DecoderConfig, DecoderLM
 from lm.attention import may_attend
-from lm.config import ACTIVATIONS, NORMS, POSITIONS, decoder_config
+from lm.config import ACTIVATIONS, BIASES, NORMS, POSITIONS, decoder_config
 
 GOOD: dict[str, Any] = {"vocab_size": 50, "context": 32, "layers": 2, "width": 32, "heads": 4}
 
@@ -39,7 +39,7 @@ def shapes(draw: st.DrawFn) -> DecoderConfig:
         window=window,
         window_pattern=pattern,
         tie_embeddings=draw(st.booleans()),
-        bias=draw(st.booleans()),
+        bias=draw(st.booleans() | st.sampled_from(sorted(BIASES))),
     )
 
 
