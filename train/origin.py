@@ -30,11 +30,12 @@ def complete(flat: dict[str, Any], problems: list[str]) -> DecoderConfig | None:
     text, that is said elsewhere.
     """
     folder = flat["model.from"]
+    problems += _not_to_be_given(folder, flat)
+    flat.update({"tokenizer.kind": "folder", "tokenizer.folder": str(folder), "tokenizer.vocab_size": None})
     if not isinstance(folder, str):
         return None
     from lm import pretrained  # torch, which a recipe without model.from does not need
 
-    problems += _not_to_be_given(folder, flat)
     try:
         start = pretrained.read_config(folder)
     except pretrained.FolderError as error:
@@ -44,7 +45,6 @@ def complete(flat: dict[str, Any], problems: list[str]) -> DecoderConfig | None:
     del shape["model.vocab_size"]
     flat.update(shape)
     flat.setdefault("model.context", start.context)
-    flat.update({"tokenizer.kind": "folder", "tokenizer.folder": folder, "tokenizer.vocab_size": None})
     return start
 
 
@@ -97,7 +97,7 @@ def kept(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         return {}
 
 
-def _not_to_be_given(folder: str, flat: Mapping[str, Any]) -> list[str]:
+def _not_to_be_given(folder: Any, flat: Mapping[str, Any]) -> list[str]:
     """What the recipe says although the folder decides it."""
     problems = []
     own = {f"model.{key}" for key in OWN_KEYS}
@@ -117,12 +117,12 @@ def _not_to_be_given(folder: str, flat: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _same_tokenizer(folder: str, other: Any) -> bool:
+def _same_tokenizer(folder: Any, other: Any) -> bool:
     """Whether `other` names the same folder, or one whose tokenizer gives the same ids."""
     from lm import tokenizer
     from lm.pretrained import FolderError, load_tokenizer
 
-    if not isinstance(other, str):
+    if not isinstance(folder, str) or not isinstance(other, str):
         return False
     if Path(other).resolve() == Path(folder).resolve():
         return True
