@@ -85,6 +85,14 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         default="auto",
         help="auto: the folder's generation_config.json gives sampling defaults; vllm: none; or a folder",
     )
+    http.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template that makes a prompt of messages (default: the model's own)",
+    )
+    http.add_argument(
+        "--trust-request-chat-template", action="store_true", help="accept a chat_template that comes with a request"
+    )
     http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -123,6 +131,8 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         max_body_bytes=given.max_body_bytes,
         shutdown_timeout=given.shutdown_timeout,
         generation_config=given.generation_config,
+        chat_template=given.chat_template,
+        trust_request_chat_template=given.trust_request_chat_template,
         enable_log_requests=given.enable_log_requests,
     )
     return server, EngineConfig(

@@ -5,26 +5,38 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from lm import __version__
-from serve.api import errors, validation
+from serve.api import conversation, errors, validation
+from serve.api.answers import Answer
+from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient, Group
-from serve.api.completions import Answer
+from serve.api.completions import CompletionAnswer
 from serve.api.errors import json_response, log
 from serve.api.http import EventStream, Gate, while_connected
 from serve.api.metrics import Metrics
-from serve.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
-from serve.api.validation import Model
+from serve.api.model import Model
+from serve.api.prompts import check_ids, encode
+from serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeEither,
+    TokenizeRequest,
+)
 from serve.engine.requests import children
 from serve.errors import InvalidRequest, NotBuilt, Overloaded
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
-NOT_BUILT = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")
+NOT_BUILT = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")
+
+Validate = Callable[[Any, Model], Awaitable[validation.Job]]
 
 
 async def only_json(request: Request) -> None:
@@ -86,13 +98,13 @@ def create_app(
         model.check_name(name)
         return json_response(_card(name, model, started))
 
-    # ---------------------------------------------------------------- completions
+    # ---------------------------------------------------------------- completions and chats
 
-    @app.post("/v1/completions", dependencies=[Depends(only_json)])
-    async def completions(body: CompletionRequest, request: Request) -> Any:
+    async def answered(body: GenerationRequest, request: Request, validate: Validate, shape: type[Answer]) -> Any:
+        """What both generating routes do: validate, run, and answer in one body or as a stream."""
         try:
             client.admit(validation.sequences(body))  # before any work is done for it
-            job = await validation.completion(body, model)
+            job = await validate(body, model)
             work = zip(job.prompts, job.params, strict=True)
             group = client.submit(
                 [(prompt.ids, child) for prompt, params in work for child in children(params, job.n)],
@@ -101,8 +113,8 @@ def create_app(
         except Overloaded:
             metrics.rejected.inc()
             raise
-        metrics.request(job.n, body.max_tokens)
-        answer = Answer(f"cmpl-{_request_id(body, request)}", body, job, model, fingerprint)
+        metrics.request(job.n, job.params[0].max_tokens)
+        answer = shape(_request_id(body, request), body, job, model, fingerprint)
 
         def leave() -> None:
             group.close()
@@ -117,12 +129,21 @@ def create_app(
             leave()
         return Response(status_code=499) if content is None else json_response(content)
 
+    @app.post("/v1/completions", dependencies=[Depends(only_json)])
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        return await answered(body, request, validation.completion, CompletionAnswer)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(only_json)])
+    async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        return await answered(body, request, validation.chat, ChatAnswer)
+
     # ---------------------------------------------------------------- tokens
 
     @app.post("/tokenize", dependencies=[Depends(only_json)])
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeEither) -> Response:
         model.check_name(body.model)
-        ids = await validation.encode(body.prompt, model.tokenizer, add_special_tokens=body.add_special_tokens)
+        text = body.prompt if isinstance(body, TokenizeRequest) else await conversation.render(body, model)
+        ids = await encode(text, model.tokenizer, add_special_tokens=body.add_special_tokens)
         strings = [model.tokenizer.inner.id_to_token(id) for id in ids] if body.return_token_strs else None
         return json_response(
             {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings}
@@ -131,18 +152,18 @@ def create_app(
     @app.post("/detokenize", dependencies=[Depends(only_json)])
     async def detokenize(body: DetokenizeRequest) -> Response:
         model.check_name(body.model)
-        validation.check_ids(body.tokens, model, "tokens")
+        check_ids(body.tokens, model, "tokens")
         return json_response({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     async def not_built(request: Request) -> Response:
-        raise NotBuilt(f"{request.url.path} is not built into this server; /v1/completions is.")
+        raise NotBuilt(f"{request.url.path} is not built into this server; completions and chats are.")
 
     for path in NOT_BUILT:
         app.add_api_route(path, not_built, methods=["POST"], include_in_schema=False)
     return app
 
 
-def _request_id(body: CompletionRequest, request: Request) -> str:
+def _request_id(body: GenerationRequest, request: Request) -> str:
     """The client's own id (header before field), as far as it is fit to be one; else a new one."""
     wanted = request.headers.get("x-request-id") or body.request_id or ""
     return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex

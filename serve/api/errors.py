@@ -114,10 +114,15 @@ def _describe(error: RequestValidationError) -> tuple[str, str | None]:
     problems = error.errors()
     lines = []
     for problem in problems[:REPORTED]:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")[:SHOWN]
+        where = ".".join(_place(problem))[:SHOWN]
         lines.append(f"{where or 'body'}: {str(problem['msg'])[:SHOWN]}")
     more = f"; and {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
     # The first part of the place is the field; the rest is which of its possible types was tried.
-    param = next((str(part) for part in problems[0]["loc"] if part != "body"), None) if problems else None
+    param = next(iter(_place(problems[0])), None) if problems else None
     noun = "error" if len(problems) == 1 else "errors"
     return f"{len(problems)} validation {noun}: " + "; ".join(lines) + more, param
+
+
+def _place(problem: Any) -> list[str]:
+    """Where in the body: field names and positions, without the names of our classes."""
+    return [str(part) for part in problem["loc"] if part != "body" and not str(part).endswith("Request")]

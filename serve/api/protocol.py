@@ -1,14 +1,14 @@
 """The bodies of requests, with vLLM's field names and defaults. Types alone are checked here; values in validation.py.
 
 Unknown fields are accepted and ignored, as vLLM does. Fields that we know and do not honour are listed in
-validation.py, which refuses them where they would change the answer.
+sampling.py, which refuses them where they would change the answer.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 def _valid(text: str) -> str:
@@ -36,18 +36,10 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
-class CompletionRequest(Body):
-    """POST /v1/completions. None means: the server's default (generation_config.json), else OpenAI's."""
+class GenerationRequest(Body):
+    """What completions and chats share. None means: the server's default (generation_config.json), else OpenAI's."""
 
     model: Text | None = None
-    prompt: (
-        TokenIds
-        | Annotated[list[TokenIds], Field(fail_fast=True)]
-        | Text
-        | Annotated[list[Text], Field(fail_fast=True)]
-        | None
-    ) = None
-    max_tokens: Int64 | None = 16
     n: Int64 | None = 1
     temperature: float | None = None
     top_p: float | None = None
@@ -61,17 +53,15 @@ class CompletionRequest(Body):
     stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    max_tokens: Int64 | None = None
     min_tokens: Int64 = 0
-    logprobs: Int64 | None = None
     prompt_logprobs: Int64 | None = None
-    echo: bool | None = False
     logit_bias: dict[str, float] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int, Field(ge=1)] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    add_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
@@ -79,13 +69,11 @@ class CompletionRequest(Body):
     request_id: Text | None = None
     user: Text | None = None
 
-    # Known and refused where set: see validation.REFUSED.
-    suffix: str | None = None
+    # Known and refused where set: see sampling.REFUSED.
     use_beam_search: bool = False
     best_of: Int64 | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    prompt_embeds: Any = None
     allowed_token_ids: list[Int64] | None = None
     bad_words: list[str] | None = None
     logprob_token_ids: list[Int64] | None = None
@@ -95,13 +83,85 @@ class CompletionRequest(Body):
     vllm_xargs: dict[str, Any] | None = None
 
 
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: (
+        TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+        | Text
+        | Annotated[list[Text], Field(fail_fast=True)]
+        | None
+    ) = None
+    max_tokens: Int64 | None = 16
+    logprobs: Int64 | None = None
+    echo: bool | None = False
+    add_special_tokens: bool = True
+
+    # Known and refused where set.
+    suffix: str | None = None
+    prompt_embeds: Any = None
+
+
+class Message(Body):
+    """One turn of a chat. Templates also get `name`, `tool_calls`, `tool_call_id` and `reasoning`, where they are."""
+
+    role: Text
+    content: Text | Annotated[list[Text | dict[str, Any]], Field(fail_fast=True)] | None = None
+
+
+class Conversation(Body):
+    """A chat to be rendered as a prompt; the names are the template's."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False  # the template writes them itself
+    chat_template: Text | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    """POST /v1/chat/completions. `max_completion_tokens` counts before the older `max_tokens`; without both, the
+    answer may fill the context.
+    """
+
+    max_completion_tokens: Int64 | None = None
+    logprobs: bool | None = False
+    top_logprobs: Int64 | None = 0
+    echo: bool | None = False
+    return_prompt_text: bool | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
 class TokenizeRequest(Body):
-    """POST /tokenize."""
+    """POST /tokenize with a text."""
 
     model: Text | None = None
     prompt: Text
     add_special_tokens: bool = True
     return_token_strs: bool | None = False
+
+
+class TokenizeChatRequest(Conversation):
+    """POST /tokenize with a chat."""
+
+    model: Text | None = None
+    return_token_strs: bool | None = False
+
+
+def _which(body: Any) -> str:
+    chat = "messages" in body if isinstance(body, dict) else isinstance(body, TokenizeChatRequest)
+    return "TokenizeChatRequest" if chat else "TokenizeRequest"
+
+
+TokenizeEither = Annotated[
+    Annotated[TokenizeRequest, Tag("TokenizeRequest")] | Annotated[TokenizeChatRequest, Tag("TokenizeChatRequest")],
+    Discriminator(_which),
+]
 
 
 class DetokenizeRequest(Body):

@@ -36,6 +36,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     shutdown_timeout: float = 25.0
     generation_config: str = "auto"
+    chat_template: str | None = None  # a file, or a template; None: the model's own
+    trust_request_chat_template: bool = False
     enable_log_requests: bool = False
 
 
@@ -81,6 +83,7 @@ def run(server: ServerConfig, engine: EngineConfig) -> int:
 class _Life:
     def __init__(self, config: ServerConfig, client: EngineClient, bound: socket.socket) -> None:
         self._config, self._client, self._bound = config, client, bound
+        self._renderer: Any = None
         self._signals = 0
         self._signalled = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -94,6 +97,8 @@ class _Life:
         finally:
             self._bound.close()
             await self._client.close()
+            if self._renderer is not None:
+                await self._renderer.close()
 
     def _signal(self) -> None:
         self._signals += 1
@@ -102,8 +107,7 @@ class _Life:
             self._hurried.set()  # the second one waits for nobody
 
     async def _start_and_serve(self) -> int:
-        preparing = asyncio.to_thread(_prepare, self._client.config.folder, self._config)
-        starting = asyncio.gather(self._client.connect(), preparing)  # the first error is the one that is told
+        starting = asyncio.gather(self._client.connect(), self._prepare())  # the first error is the one that is told
         try:
             if not await _before(self._signalled, starting):
                 return 0
@@ -125,11 +129,20 @@ class _Life:
             print(DIED, file=sys.stderr, flush=True)
         return 1 if died else 0
 
+    async def _prepare(self) -> tuple[Any, dict[str, Any]]:
+        """Tokenizer and sampling defaults, and what renders chats. Raises EngineFailed."""
+        tokenizer, defaults, templates = await asyncio.to_thread(_read, self._client.config.folder, self._config)
+        from serve.api.renderer import Renderer
+
+        self._renderer = Renderer(templates, trust_requests=self._config.trust_request_chat_template)
+        await self._renderer.start()
+        return tokenizer, defaults
+
     async def _listen(self, ready: Ready, tokenizer: Any, defaults: dict[str, Any]) -> tuple[Any, asyncio.Task[None]]:
         import uvicorn
 
         from serve.api.app import create_app
-        from serve.api.validation import Model
+        from serve.api.model import Model
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
@@ -137,7 +150,8 @@ class _Life:
                 yield  # they are handled here, by a drain
 
         config, folder = self._config, self._client.config.folder
-        model = Model(config.served_model_name or (folder,), folder, ready, tokenizer, config.max_logprobs, defaults)
+        names = config.served_model_name or (folder,)
+        model = Model(names, folder, ready, tokenizer, self._renderer, config.max_logprobs, defaults)
         app = create_app(
             model,
             self._client,
@@ -178,19 +192,22 @@ class _Life:
         return f"{ready.note}\n{line}" if ready.note else line
 
 
-def _prepare(folder: str, config: ServerConfig) -> tuple[Any, dict[str, Any]]:
-    """What this process needs of the folder: the tokenizer and the sampling defaults.
+def _read(folder: str, config: ServerConfig) -> tuple[Any, dict[str, Any], Any]:
+    """What this process needs of the model: tokenizer, sampling defaults, chat templates.
 
     Imports the web framework on the way.
     """
     import serve.api.app  # noqa: F401
     from lm.tokenizer import Tokenizer, TokenizerError
     from serve.api.defaults import generation_defaults
+    from serve.api.renderer import TemplateFileError, Templates
 
     try:
-        return Tokenizer.load(folder), generation_defaults(folder, config.generation_config)
-    except TokenizerError as error:
+        tokenizer = Tokenizer.load(folder)
+        templates = Templates.of(tokenizer, config.chat_template)
+    except (TokenizerError, TemplateFileError) as error:
         raise EngineFailed(str(error)) from None
+    return tokenizer, generation_defaults(folder, config.generation_config), templates
 
 
 async def _before(event: asyncio.Event, work: asyncio.Future[Any]) -> bool:

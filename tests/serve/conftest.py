@@ -20,6 +20,12 @@ from lm.tokenizer import Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("the quick brown fox jumps over the lazy dog, and then it sleeps. ", "más ñandú, 你好 世界, 🎉🦊 naïve café. ")
+# A chat in few tokens; one role is refused.
+TEMPLATE = """{% for message in messages %}
+{%- if message.role == 'stranger' %}{{ raise_exception('No strangers, please.') }}{% endif %}
+{{- message.role[0] }}: {{ message.content }}{{ eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}a: {% endif %}"""
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +60,7 @@ def model(tokenizer: Tokenizer) -> DecoderLM:
 def folder(model: DecoderLM, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("serve") / "tiny"
     pretrained.save(model, path, tokenizer=tokenizer)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
 
 
@@ -69,6 +76,11 @@ class Server:
 
     def complete(self, **fields: object) -> dict:
         response = self.post("/v1/completions", json=fields)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chat(self, **fields: object) -> dict:
+        response = self.post("/v1/chat/completions", json=fields)
         assert response.status_code == 200, response.text
         return response.json()
 

@@ -1,0 +1,147 @@
+"""What a request may ask of sampling. Ranges that need no model to be judged are lm.params.SamplingParams' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm.params import SamplingParams
+from serve.api.model import Model
+from serve.api.protocol import GenerationRequest
+from serve.errors import InvalidRequest
+
+MAX_N = 128  # sequences of one prompt
+MAX_STOPS = 4
+MAX_IDS = 1024  # in stop_token_ids and logit_bias: they are looked at for every token
+
+# Fields that would change the answer and are not honoured, with what is said of them.
+REFUSED = {
+    "suffix": "suffix is only supported for models with FIM completion rendering",
+    "use_beam_search": "use_beam_search is not supported by this server.",
+    "best_of": "best_of is not supported; ask for n sequences and choose among them.",
+    "structured_outputs": "structured_outputs is not supported by this server.",
+    "prompt_embeds": "prompt_embeds is not supported by this server; send text or token ids as prompt.",
+    "allowed_token_ids": "allowed_token_ids is not supported by this server; logit_bias can exclude tokens.",
+    "bad_words": "bad_words is not supported by this server; logit_bias can exclude tokens.",
+    "logprob_token_ids": "logprob_token_ids is not supported by this server; logprobs gives the most probable ones.",
+    "repetition_detection": "repetition_detection is not supported by this server.",
+    "thinking_token_budget": "thinking_token_budget is not supported by this server.",
+    "kv_transfer_params": "kv_transfer_params is not supported by this server.",
+    "vllm_xargs": "vllm_xargs is not supported by this server.",
+}
+
+
+def refuse(body: GenerationRequest) -> None:
+    """Raises InvalidRequest for what is asked and not honoured."""
+    for name, sentence in REFUSED.items():
+        if getattr(body, name, None):
+            raise InvalidRequest(sentence, name)
+    kind = (body.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise InvalidRequest(
+            f"response_format {str(kind)[:50]!r} is not supported by this server; it may be 'text'.", "response_format"
+        )
+
+
+def params(
+    body: GenerationRequest,
+    model: Model,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    names: Mapping[str, str] | None = None,
+) -> SamplingParams:
+    """The request's values, else the server's, else OpenAI's. `names` says which field of the request a value is from,
+    where that has another name. Raises InvalidRequest.
+    """
+    vocab = model.ready.vocab_size
+    n = 1 if body.n is None else body.n
+    if n > MAX_N:
+        raise InvalidRequest(f"n must be at most {MAX_N}, got {n}.", "n")
+    stops = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop must have at most {MAX_STOPS} strings, got {len(stops)}.", "stop")
+    for name in ("stop_token_ids", "logit_bias"):
+        count = len(getattr(body, name) or ())
+        if count > MAX_IDS:
+            raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {count}.", name)
+    temperature = _first(body.temperature, model.defaults.get("temperature"), 1.0)
+    values = {
+        "n": n,
+        "temperature": temperature,
+        "top_p": _first(body.top_p, model.defaults.get("top_p"), 1.0),
+        "top_k": _first(body.top_k, model.defaults.get("top_k"), 0),
+        "min_p": _first(body.min_p, model.defaults.get("min_p"), 0.0),
+        "repetition_penalty": _first(body.repetition_penalty, model.defaults.get("repetition_penalty"), 1.0),
+        "presence_penalty": _first(body.presence_penalty, 0.0),
+        "frequency_penalty": _first(body.frequency_penalty, 0.0),
+        "seed": None if body.seed == -1 else body.seed,
+        "max_tokens": max_tokens,
+        "min_tokens": body.min_tokens,
+        "stop": tuple(stops),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "include_stop_str_in_output": body.include_stop_str_in_output,
+        "ignore_eos": body.ignore_eos,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "logit_bias": _logit_bias(body, vocab),
+        "skip_special_tokens": body.skip_special_tokens,
+    }
+    try:
+        made = SamplingParams(**values)
+    except ValueError as error:
+        sentence = str(error)
+        name = sentence.split()[0]
+        raise InvalidRequest(sentence, (names or {}).get(name, name)) from None
+    foreign = [id for id in made.stop_token_ids if not 0 <= id < vocab]
+    if foreign:
+        raise InvalidRequest(
+            f"stop_token_ids {foreign[:10]} are out of the vocabulary; ids are from 0 to {vocab - 1}.", "stop_token_ids"
+        )
+    for name, kind in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
+        value = getattr(made, name)
+        if value is not None and (value == -1 or value > model.max_logprobs):
+            count = vocab if value == -1 else value
+            message = f"Requested {kind} logprobs of {count}, which is greater than max allowed: {model.max_logprobs}"
+            raise InvalidRequest(message, (names or {}).get(name, name))
+    return made
+
+
+def max_tokens(wanted: int | None, prompt_length: int, model: Model, name: str = "max_tokens") -> int:
+    """How many tokens may be generated: as many as wanted (None: no limit), no more than the context leaves room for.
+
+    Raises InvalidRequest naming the field `name`.
+    """
+    if wanted is not None and wanted > model.max_model_len:
+        raise InvalidRequest(
+            f"{name}={wanted} cannot be greater than max_model_len={model.max_model_len}. "
+            "Please request fewer output tokens.",
+            name,
+        )
+    room = model.max_model_len - prompt_length
+    return min(limit for limit in (wanted, room, model.defaults.get("max_new_tokens")) if limit is not None)
+
+
+def _logit_bias(body: GenerationRequest, vocab: int) -> dict[int, float] | None:
+    if not body.logit_bias:
+        return None
+    bias: dict[int, float] = {}
+    foreign = []
+    for key, value in body.logit_bias.items():
+        digits = key.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
+            raise InvalidRequest(f"logit_bias has the key {key[:50]!r}; keys must be token ids.", "logit_bias")
+        if value != value:
+            raise InvalidRequest(f"logit_bias for token {key} is not a number.", "logit_bias")
+        if not 0 <= int(key) < vocab:
+            foreign.append(int(key))
+        bias[int(key)] = min(100.0, max(-100.0, value))
+    if foreign:
+        message = f"logit_bias has token ids {foreign[:10]} out of the vocabulary; ids are from 0 to {vocab - 1}."
+        raise InvalidRequest(message, "logit_bias")
+    return bias
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
