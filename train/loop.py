@@ -283,7 +283,9 @@ class Trainer:
         params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=recipe.eval.sample_tokens, seed=recipe.run.seed)
         self.bare.eval()
         stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        outputs = generate(self.bare, self.prompts, params, stops)
+        # Each step of a sample has another shape: compiled blocks would be compiled again for each.
+        with torch.compiler.set_stance("force_eager") if recipe.train.compile else nullcontext():
+            outputs = generate(self.bare, self.prompts, params, stops)
         self.model.train()
         texts = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(recipe.eval.prompts, outputs, strict=True)]
         self.tracker.samples(self.progress.step, texts)
