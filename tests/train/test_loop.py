@@ -138,6 +138,15 @@ def test_activation_checkpointing_changes_no_bit(tiny, figures: Losses) -> None:
     assert recomputed == plain
 
 
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_learn_the_same(tiny, figures: Losses) -> None:
+    options = ["model.layers=1", "train.steps=3", "data.validation=null"]
+    eager = figures(tiny(*options, name="eager"))
+    sampling = ["eval.every=3", "eval.prompts=[the]", "eval.sample_tokens=4"]
+    compiled = figures(tiny(*options, *sampling, "train.compile=true", name="compiled"))
+    assert compiled == pytest.approx(eager, abs=1e-5)
+
+
 def test_evaluating_and_sampling_in_between_change_no_bit(tiny, figures: Losses) -> None:
     plain = figures(tiny("model.dropout=0.2", name="plain"))
     watched = tiny("model.dropout=0.2", "eval.every=2", "eval.prompts=[the]", "eval.sample_tokens=3", name="watched")
