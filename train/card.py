@@ -33,7 +33,7 @@ def write(recipe: Recipe, config: DecoderConfig, data: Prepared, run_dir: Path, 
         "## Model\n\n" + _table(_shape(config, architecture)),
         "## Data\n\n" + _table(_data(recipe, data)),
         "## Figures\n\n" + _figures(metrics.read(run_dir / metrics.FILE), step),
-        "## Use\n\n" + _use(architecture),
+        "## Use\n\n" + _use(config, architecture),
         "## Recipe\n\n" + _fenced(recipe.to_yaml(), "yaml"),
         "## Licence\n\n" + _licence(recipe),
     ]
@@ -149,17 +149,17 @@ def _loss(nats: float, bits: float | None) -> str:
     return f"{nats:.4f} nats a token" + ("" if bits is None else f", {bits:.4f} bits a byte")
 
 
-def _use(architecture: str) -> str:
-    ours = architecture == OWN_ARCHITECTURE
+def _use(config: DecoderConfig, architecture: str) -> str:
+    more = min(50, max(1, config.context // 2))  # what any prompt of a few tokens leaves room for
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if ours:
+    if architecture == OWN_ARCHITECTURE:
         lines = ["import lm  # Heed: tells transformers about HeedForCausalLM", *lines]
     lines += [
         'folder = "."  # where this file lies, or its name on the hub',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "model = AutoModelForCausalLM.from_pretrained(folder)",
         'inputs = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={more})[0]))",
     ]
     served = "Heed serves it through an API that is compatible with OpenAI's and vLLM's:"
     return f"{_fenced(chr(10).join(lines), 'python')}\n\n{served}\n\n{_fenced('python -m serve FOLDER', 'bash')}"
