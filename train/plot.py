@@ -30,8 +30,12 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
-    axes.plot(steps, losses, color=TRAINING, linewidth=0.8, alpha=0.7, label="training, each log row")
-    axes.plot(steps, smooth(losses), color=SMOOTHED, linewidth=1.8, label="training, running mean")
+    mean = smooth(losses)
+    if mean != list(losses):
+        axes.plot(steps, losses, color=TRAINING, linewidth=0.8, alpha=0.7, label="training, each log row")
+        axes.plot(steps, mean, color=SMOOTHED, linewidth=1.8, label="training, running mean")
+    else:  # too few rows to smooth
+        axes.plot(steps, losses, color=SMOOTHED, linewidth=1.8, label="training")
     if held_out:
         held_steps, held_losses = zip(*held_out, strict=True)
         best = min(held_out, key=lambda point: point[1])
@@ -56,6 +60,8 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> bool:
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Centred running mean over about `share` of the points; the window narrows at both ends, so it never lags."""
     half = int(share * len(values) / 2)
+    if not half:
+        return list(values)
     sums = list(accumulate(values, initial=0.0))
     out = []
     for index in range(len(values)):
