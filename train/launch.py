@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from lm.linear import bf16_is_fast
 from train.config import Recipe, RecipeError, check_launch
 
 
@@ -44,9 +45,21 @@ class Launch:
         self.accelerator.wait_for_everyone()
 
 
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with train.dtype auto made what is fastest here: the run's config.yaml says which it was."""
+    if recipe.train.dtype != "auto":
+        return recipe
+    dtype = "bf16" if bf16_is_fast("cuda" if _on_gpu() else "cpu") else "fp32"
+    return replace(recipe, train=replace(recipe.train, dtype=dtype))
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+
+
 def start(recipe: Recipe) -> Launch:
     """Set the process up as the launcher's environment says. Raises RecipeError for what cannot run here."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    on_gpu = _on_gpu()
     try:
         accelerator = Accelerator(
             cpu=not on_gpu,
@@ -65,6 +78,10 @@ def start(recipe: Recipe) -> Launch:
             ]
         )
     fsdp2 = bool(getattr(accelerator, "is_fsdp2", False))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and not fsdp2:
+        raise RecipeError(
+            ["the launcher asks for FSDP; it must be version 2, on GPUs. Launch without it, or with DDP."]
+        )
     check_launch(recipe, fsdp2)
     _check_share(recipe, accelerator.num_processes, fsdp2)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
