@@ -84,6 +84,17 @@ def test_more_processes_than_sequences_are_refused(start, monkeypatch: pytest.Mo
         start()
 
 
+def test_fsdp_that_would_not_come_about_is_refused(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate drops it without a word where it knows none, on a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(launch, "Accelerator", lambda **options: SimpleNamespace(num_processes=1, is_fsdp2=False))
+    with pytest.raises(RecipeError) as refused:
+        start()
+    assert refused.value.problems == [
+        "the launcher asks for FSDP; it must be version 2, on GPUs. Launch without it, or with DDP."
+    ]
+
+
 def test_what_is_random_is_a_function_of_seed_step_and_rank() -> None:
     def drawn(*arguments: int) -> float:
         launch.seed_step(*arguments)
