@@ -53,6 +53,10 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[T
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """The same through torch's fused kernels: shapes as above, mask [B or 1, T, S] or None, -> [B, T, H, D]."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # In bfloat16 the backward kernel takes three times as long as in float32 there.
+        with torch.autocast("cpu", enabled=False):
+            return fused_attention(q.float(), k.float(), v.float(), mask, causal)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

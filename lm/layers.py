@@ -19,21 +19,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width], same dtype."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-            return _RMSNorm.apply(x, self.weight.float(), self.eps)
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        """[..., width] -> [..., width], in x's dtype; under autocast in its, which the next product would cast it to."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if device == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNorm.apply(x, self.weight.float(), self.eps, dtype)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     """The same in few passes over memory: eager torch on a CPU would take ten for the forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
+        return (x * rstd).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
@@ -44,8 +46,8 @@ class _RMSNorm(torch.autograd.Function):
         dw = product.reshape(-1, width).sum(0)
         # d/dx = rstd * (g w - unit * mean(g w unit)); the mean is one product with the weight
         mean = (product @ weight).unsqueeze(-1).div_(-width)
-        dx = (gradient * weight).addcmul_(unit, mean).mul_(rstd)
-        return dx, dw, None
+        dx = (gradient * weight).addcmul_(unit, mean).mul_(rstd).to(x.dtype)
+        return dx, dw, None, None
 
 
 def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:

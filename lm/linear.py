@@ -10,6 +10,7 @@ autocast, compile).
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 
 import torch
@@ -46,6 +47,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The bare oneDNN product, x [..., in] with weight [out, in] -> [..., out], fp32, no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def bf16_is_fast(device: str) -> bool:
+    """Whether products in bfloat16 beat float32 on this kind of device ("cuda", "cpu") of this machine."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return platform.machine() in ("aarch64", "arm64") or any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
 @cache

@@ -102,9 +102,8 @@ def _demo(options: argparse.Namespace, text: Path | None, children: list[subproc
 def train(command: Sequence[str], children: list[subprocess.Popen]) -> None:
     """Runs the training in the foreground: its progress bar is the demo's. Raises DemoError if it fails."""
     # The launcher of this very environment, whatever is first on the PATH.
-    # OMP_NUM_THREADS only keeps the launcher from guessing it aloud: the trainer sets its threads itself. Threads that
-    # sleep while they wait cost an idle machine little; on a busy one, spinning made each step take 2.5 times as long.
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # OMP_NUM_THREADS only keeps the launcher from guessing it aloud: the trainer sets its threads itself.
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ}
     # A process group of its own, so that Ctrl-C reaches this process alone: the launcher would die of it at once, and
     # leave a trainer that is still writing its checkpoint.
     child = subprocess.Popen(

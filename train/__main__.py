@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+# Before torch is imported: threads that wait for another sleep. By default they spin, and where another program wants
+# the core (a browser on a laptop), each of a step's hundreds of small operations then waits for it in vain.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 VERBS = {  # each module has main(argv) -> exit status; a bare CONFIG trains
     "evaluate": "train.perplexity",
@@ -41,8 +46,9 @@ def train(path: str, overrides: list[str], *, dry_run: bool) -> int:
         recipe = load(path, overrides)
         if dry_run:
             from train.estimate import main_dry_run
+            from train.launch import settle
 
-            print("\n".join(main_dry_run(recipe)))
+            print("\n".join(main_dry_run(settle(recipe))))
             return 0
         from train.loop import run
 

@@ -113,7 +113,7 @@ class Train:
     tokens: Count | None = None
     batch_tokens: Count
     micro_batch: Count | None = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
     threads: Count | None = None

@@ -49,8 +49,8 @@ def settle(recipe: Recipe) -> Recipe:
     """The recipe with train.dtype auto made what is fastest here: the run's config.yaml says which it was."""
     if recipe.train.dtype != "auto":
         return recipe
-    dtype = "bf16" if bf16_is_fast("cuda" if _on_gpu() else "cpu") else "fp32"
-    return replace(recipe, train=replace(recipe.train, dtype=dtype))
+    fast = bf16_is_fast("cuda" if _on_gpu() else "cpu")
+    return replace(recipe, train=replace(recipe.train, dtype="bf16" if fast else "fp32"))
 
 
 def _on_gpu() -> bool:

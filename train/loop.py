@@ -41,6 +41,7 @@ from train.tracking import Tracker
 
 def run(recipe: Recipe) -> int:
     """Train to the end of the recipe, or until a signal asks to stop. Returns the exit status. Raises RecipeError."""
+    recipe = launch.settle(recipe)
     here = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
     resume_from = resume.find(recipe, run_dir)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lm.linear import bf16_is_fast
 from train.config import Optim
 
 # Each step applies x -> a x + b x^3 + c x^5 to the singular values; the triples are tuned one after another, so that
@@ -39,19 +39,14 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     needs no more precision), else float32.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).to(dtype or _product_dtype(matrices.device.type))
+    x = (matrices.mT if tall else matrices).to(
+        dtype or (torch.bfloat16 if bf16_is_fast(matrices.device.type) else torch.float32)
+    )
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] * SAFETY + 1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-@cache
-def _product_dtype(device: str) -> torch.dtype:
-    if device == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -13,6 +13,7 @@ import torch
 
 from lm import pretrained
 from lm.config import DecoderConfig
+from lm.linear import bf16_is_fast
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine.engine import Engine
@@ -35,8 +36,8 @@ class SetupError(ValueError):
     """The engine cannot be as asked: one sentence that says what would do."""
 
 
-def build(config: EngineConfig) -> tuple[Engine, Ready]:
-    """Loads the folder, sizes the cache, computes a first token.
+def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Engine, Ready]:
+    """Loads the folder or file, sizes the cache, computes a first token. `tokenizer` is its, where it has been loaded.
 
     Raises SetupError, or lm's FolderError and TokenizerError.
     """
@@ -46,7 +47,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     dtype, note = choose_dtype(config.dtype, config.folder, device)
     try:
         model = pretrained.load(config.folder, dtype, device)
-        tokenizer = Tokenizer.load(config.folder)
+        tokenizer = tokenizer or pretrained.load_tokenizer(config.folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
     loaded = time.perf_counter()
@@ -97,9 +98,12 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     """`auto` is the folder's dtype, but float32 where a CPU has no instructions for a half: it is faster there."""
     if name != "auto":
         return DTYPES[name], None
-    raw = _read_json(Path(folder) / "config.json")
-    own = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
-    if device == "cpu" and own is not torch.float32 and not _has_bf16_instructions():
+    if Path(folder).is_file():
+        own = pretrained.own_dtype(folder)
+    else:
+        raw = _read_json(Path(folder) / "config.json")
+        own = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
+    if device == "cpu" and own is not torch.float32 and not bf16_is_fast("cpu"):
         return (
             torch.float32,
             f"This CPU has no instructions for {str(own).removeprefix('torch.')}: the weights were widened to float32.",
@@ -107,11 +111,6 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     if device == "cpu" and own is torch.float16:
         return torch.bfloat16, "On a CPU float16 is slow: the weights were taken as bfloat16."
     return own, None
-
-
-def _has_bf16_instructions() -> bool:
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(known and known()) or "arm" in os.uname().machine or "aarch64" in os.uname().machine
 
 
 def size_cache(
@@ -161,11 +160,11 @@ def free_bytes(device: str) -> int:
 
 
 def eos_token_ids(folder: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """The tokenizer's EOS first, then others that generation_config.json names. Empty where the model has none."""
-    named: list[Any] = [tokenizer.eos_id]
-    for file in ("generation_config.json", "config.json"):
-        value = _read_json(Path(folder) / file).get("eos_token_id")
-        named += value if isinstance(value, list) else [value]
+    """The tokenizer's EOS first, then others that the folder's configs or a GGUF file's metadata name. Empty where the
+    model has none.
+    """
+    value = _read_json(Path(folder) / "config.json").get("eos_token_id")
+    named = [*pretrained.stop_ids(folder, tokenizer), *(value if isinstance(value, list) else [value])]
     ids = [id for id in named if isinstance(id, int) and 0 <= id < vocab_size]
     return list(dict.fromkeys(ids))
 
