@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width], in x's dtype; under autocast in its, which the next product would cast it to."""
+        """[..., width] -> [..., width], in x's dtype; under autocast in its, to which the next product casts."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if device == "cpu" and not torch.compiler.is_compiling():
