@@ -1,4 +1,6 @@
-"""What a request may ask of sampling, checked. Without torch, so that a process that only speaks HTTP can check it too."""
+"""What a request may ask of sampling, checked. Without torch, so that a process that only speaks HTTP can check it
+too.
+"""
 
 from __future__ import annotations
 

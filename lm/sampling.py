@@ -1,8 +1,9 @@
 """From logits to a token: the arithmetic of what a request asks (lm.params), a whole batch at a time.
 
-The order is vLLM's: logit bias, minimum length, repetition, frequency and presence penalties (`adjust`); then temperature, min-p,
-top-k, top-p and the draw (`sample`). A draw is one uniform number put through the inverse of the cumulative distribution, and
-that number is a pure function of (seed, index of the token): a request's sample does not depend on who shares its batch.
+The order is vLLM's: logit bias, minimum length, repetition, frequency and presence penalties (`adjust`); then
+temperature, min-p, top-k, top-p and the draw (`sample`). A draw is one uniform number put through the inverse of the
+cumulative distribution, and that number is a pure function of (seed, index of the token): a request's sample does not
+depend on who shares its batch.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Row:
 
 
 def adjust(logits: Tensor, rows: Sequence[Row], stop_ids: Collection[int] = ()) -> Tensor:
-    """logits fp32 [R, V] -> [R, V], bias and penalties applied; `stop_ids` (EOS) cannot be drawn before a row's min_tokens.
+    """logits fp32 [R, V] -> [R, V], bias and penalties applied; `stop_ids` (EOS) cannot be drawn before a row's
+    min_tokens.
 
     The tensor that was given is left as it is, and is returned where there is nothing to do.
     """
@@ -85,7 +87,9 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
         return logits.argmax(dim=-1)
     device = logits.device
     greedy = torch.tensor([p.greedy for p in params], device=device)
-    temperature = torch.tensor([1.0 if p.greedy else max(p.temperature, LOWEST_TEMPERATURE) for p in params], device=device)
+    temperature = torch.tensor(
+        [1.0 if p.greedy else max(p.temperature, LOWEST_TEMPERATURE) for p in params], device=device
+    )
     logits = logits / temperature.unsqueeze(1)
     draw = torch.tensor(uniforms, dtype=torch.float64, device=device)
     tokens = logits.argmax(dim=-1)
@@ -107,9 +111,7 @@ def _inverse_cdf(probabilities: Tensor, draw: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
-def _draw_filtered(
-    logits: Tensor, params: Sequence[SamplingParams], draw: Tensor, length: int | None = None
-) -> Tensor:
+def _draw_filtered(logits: Tensor, params: Sequence[SamplingParams], draw: Tensor, length: int | None = None) -> Tensor:
     """min-p, top-k and top-p on a shortlist of the `length` likeliest tokens; a row whose share is not inside it gets a
     longer one, for itself alone: who shares the batch must not decide between tokens of equal probability.
 
