@@ -18,9 +18,8 @@ def stream(
     """Continue prompts of token ids together; yield, step by step, the (row, token) pairs that the step produced.
 
     A row ends with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or
-    when the
-    model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for an empty
-    prompt or one that leaves no room.
+    when the model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for
+    an empty prompt or one that leaves no room.
     """
     context, device = model.config.context, next(model.parameters()).device
     for row, prompt in enumerate(prompts):
