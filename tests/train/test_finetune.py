@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from lm import DecoderConfig, DecoderLM, pretrained
+from lm.convert import convert
 from lm.tokenizer import Tokenizer, train_bpe, train_characters
 from train.__main__ import main
 from train.config import RecipeError, load
@@ -102,6 +104,25 @@ def empty(model: DecoderLM) -> Any:
     from lm.state import DecoderState
 
     return DecoderState.empty(model.config, 1, torch.zeros(1, dtype=torch.int64), torch.float32)
+
+
+def test_a_gguf_file_is_as_good_as_the_folder(
+    bases: Path, tiny: Any, figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    convert(str(bases / "qwen2"), str(file))
+    from_folder = figures(tiny(f"model.from={bases / 'qwen2'}", "train.steps=3", name="folder"))
+    assert figures(tiny(f"model.from={file}", "train.steps=3", name="file")) == pytest.approx(from_folder, rel=1e-5)
+    made = tiny.folder / "file" / "model"
+    assert json.loads((made / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert Tokenizer.load(made).settings["chat_template"] == TEMPLATE
+    kept, given = (pretrained.stop_ids(model, pretrained.load_tokenizer(model)) for model in (made, file))
+    assert kept == given
+    said = []
+    for model in (bases / "qwen2", file):
+        assert main(["evaluate", str(model), "--text", str(tiny.file.parent / "text.txt"), "--tokens", "300"]) == 0
+        said.append(re.findall(r"[\d.]+ nats", capsys.readouterr().out))
+    assert said[0] == said[1]
 
 
 def test_a_stopped_run_goes_on_as_it_would_have(bases: Path, tiny: Any) -> None:
