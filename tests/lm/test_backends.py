@@ -37,6 +37,19 @@ def test_training_runs_flash_attention_in_both_directions(make, tokens: Tensor, 
     assert WRITTEN_OUT not in counts
 
 
+def test_flash_attention_runs_in_half_precision_too(make, tokens: Tensor) -> None:
+    model: DecoderLM = make(kv_heads=2).train()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
+        loss.backward()
+
+    counts = operators(step)
+    assert counts.get(FORWARD) == counts.get(BACKWARD) == model.config.layers
+    assert WRITTEN_OUT not in counts
+
+
 @torch.no_grad()
 def test_decoding_runs_flash_attention(make, tokens: Tensor) -> None:
     model: DecoderLM = make(kv_heads=2)
