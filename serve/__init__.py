@@ -1,4 +1,4 @@
-"""Serving: `python -m serve FOLDER` over HTTP, `LLM(folder).generate(...)` in-process.
+"""Serving: `python -m serve MODEL` over HTTP, `LLM(folder).generate(...)` in-process.
 
 `engine/` schedules, caches, computes, samples and detokenises; it knows nothing of HTTP. `api/` speaks HTTP; it never
 imports torch. Importing this package imports neither: `LLM` and `SamplingParams` are looked up when they are asked for.

@@ -53,10 +53,14 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
     """Exits with status 2 and one sentence for a flag that cannot be."""
     parser = Parser(
         prog="python -m serve",
-        description="Serve a model folder through vLLM's HTTP API.",
+        description="Serve a model folder or a GGUF file through vLLM's HTTP API.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="model folder: config.json, model.safetensors, tokenizer.json")
+    parser.add_argument(
+        "folder",
+        metavar="MODEL",
+        help="a folder with config.json, model.safetensors and tokenizer.json, or a GGUF file",
+    )
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 is every interface")
     http.add_argument("--port", type=integer(0, 65535), default=8000, help="0 takes a free one and prints it")
@@ -64,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         "--served-model-name",
         nargs="+",
         metavar="NAME",
-        help="names that requests use; the first is shown (default: FOLDER)",
+        help="names that requests use; the first is shown (default: MODEL as it is given)",
     )
     http.add_argument(
         "--api-key",

@@ -8,14 +8,16 @@ import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from lm.params import SamplingParams
-from serve.engine.messages import Abort, Add, EngineConfig, Failed, FromEngine, Output, Ready, Stats, Step
+from serve.engine.messages import Abort, Add, EngineConfig, Failed, FromEngine, Output, Ready, Stats, Step, Words
 from serve.engine.process import HEADER, frame, spawn
 from serve.errors import EngineDead, GenerationFailed, InvalidRequest, Overloaded, ServeError
 
+T = TypeVar("T")
 log = logging.getLogger("heed.serve")
 
 DIED = "The engine process has ended unexpectedly; the server is stopping."
@@ -125,18 +127,17 @@ class EngineClient:
         """Starts the process; `connect` waits for it. Apart, so that what the API needs is imported meanwhile."""
         self._process, self._socket = spawn(self.config)
 
-    async def connect(self) -> Ready:
-        """What the engine says of itself once it has produced its first token. Raises EngineFailed."""
+    async def words(self) -> Words:
+        """The model's tokenizer, which comes first. Raises EngineFailed."""
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=1 << 26)
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        try:
-            message = await self._receive()
-        except EngineDead:
-            message = Failed("The engine process ended while it was starting; the usual reason is a lack of memory.")
-        if not isinstance(message, Ready):
-            raise EngineFailed(message.message if isinstance(message, Failed) else DIED)
+        return await self._expect(Words)
+
+    async def connect(self) -> Ready:
+        """What the engine says of itself once it has produced its first token. Raises EngineFailed."""
+        ready = await self._expect(Ready)
         self._reading = asyncio.create_task(self._read())
-        return message
+        return ready
 
     @property
     def in_flight(self) -> int:
@@ -208,6 +209,15 @@ class EngineClient:
             await asyncio.to_thread(process.wait)
         if self._reading is not None:
             await asyncio.wait([self._reading], timeout=1)
+
+    async def _expect(self, kind: type[T]) -> T:
+        try:
+            message = await self._receive()
+        except EngineDead:
+            message = Failed("The engine process ended while it was starting; the usual reason is a lack of memory.")
+        if not isinstance(message, kind):
+            raise EngineFailed(message.message if isinstance(message, Failed) else DIED)
+        return message
 
     async def _receive(self) -> FromEngine:
         try:

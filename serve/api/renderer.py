@@ -44,10 +44,7 @@ class Templates:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, given: str | None = None) -> Templates:
-        """Those of the model's folder or file; `given` (--chat-template: a file, or a template) replaces them.
-
-        Raises TemplateFileError.
-        """
+        """Those of the model's folder or file, or the one `given` in their place."""
         settings = tokenizer.settings
         special = {}
         for name in SPECIAL:
@@ -58,7 +55,7 @@ class Templates:
         for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
             if name not in special and id is not None:
                 special[name] = tokenizer.inner.id_to_token(id) or ""
-        named = _named(settings.get("chat_template")) if given is None else {"default": _read(given)}
+        named = _named(settings.get("chat_template")) if given is None else {"default": given}
         return cls(named, special)
 
     def pick(self, tools: bool) -> str | None:
@@ -77,7 +74,8 @@ def _named(setting: Any) -> dict[str, str]:
     return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
 
-def _read(given: str) -> str:
+def read_template(given: str) -> str:
+    """--chat-template: a file, or a template as such. Raises TemplateFileError."""
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -107,11 +107,11 @@ class _Life:
             self._hurried.set()  # the second one waits for nobody
 
     async def _start_and_serve(self) -> int:
-        starting = asyncio.gather(self._client.connect(), self._prepare())  # the first error is the one that is told
+        starting = asyncio.ensure_future(self._start())
         try:
             if not await _before(self._signalled, starting):
                 return 0
-            ready, (tokenizer, defaults) = starting.result()
+            ready, tokenizer, defaults = starting.result()
         except EngineFailed as error:
             raise StartError(str(error), 2) from None
         server, serving = await self._listen(ready, tokenizer, defaults)
@@ -129,14 +129,23 @@ class _Life:
             print(DIED, file=sys.stderr, flush=True)
         return 1 if died else 0
 
-    async def _prepare(self) -> tuple[Any, dict[str, Any]]:
-        """Tokenizer and sampling defaults, and what renders chats. Raises EngineFailed."""
-        tokenizer, defaults, templates = await asyncio.to_thread(_read, self._client.config.folder, self._config)
-        from serve.api.renderer import Renderer
+    async def _start(self) -> tuple[Ready, Any, dict[str, Any]]:
+        """Engine, tokenizer and sampling defaults; the first error is the one that is told. Raises EngineFailed."""
+        config = self._config
+        reading = asyncio.to_thread(_read, self._client.config.folder, config)
+        words, (defaults, template) = await asyncio.gather(self._client.words(), reading)
+        from serve.api.renderer import Renderer, Templates
+        from serve.engine.words import unpack
 
-        self._renderer = Renderer(templates, trust_requests=self._config.trust_request_chat_template)
-        await self._renderer.start()
-        return tokenizer, defaults
+        async def prepare() -> Any:
+            tokenizer = await asyncio.to_thread(unpack, words)
+            templates = Templates.of(tokenizer, template)
+            self._renderer = Renderer(templates, trust_requests=config.trust_request_chat_template)
+            await self._renderer.start()
+            return tokenizer
+
+        ready, tokenizer = await asyncio.gather(self._client.connect(), prepare())
+        return ready, tokenizer, defaults
 
     async def _listen(self, ready: Ready, tokenizer: Any, defaults: dict[str, Any]) -> tuple[Any, asyncio.Task[None]]:
         import uvicorn
@@ -192,22 +201,17 @@ class _Life:
         return f"{ready.note}\n{line}" if ready.note else line
 
 
-def _read(folder: str, config: ServerConfig) -> tuple[Any, dict[str, Any], Any]:
-    """What this process needs of the model: tokenizer, sampling defaults, chat templates.
-
-    Imports the web framework on the way.
-    """
+def _read(folder: str, config: ServerConfig) -> tuple[dict[str, Any], str | None]:
+    """Sampling defaults, and the template of the command line. Imports the web framework on the way."""
     import serve.api.app  # noqa: F401
-    from lm.tokenizer import Tokenizer, TokenizerError
     from serve.api.defaults import generation_defaults
-    from serve.api.renderer import TemplateFileError, Templates
+    from serve.api.renderer import TemplateFileError, read_template
 
+    defaults = generation_defaults(folder, config.generation_config)
     try:
-        tokenizer = Tokenizer.load(folder)
-        templates = Templates.of(tokenizer, config.chat_template)
-    except (TokenizerError, TemplateFileError) as error:
+        return defaults, None if config.chat_template is None else read_template(config.chat_template)
+    except TemplateFileError as error:
         raise EngineFailed(str(error)) from None
-    return tokenizer, generation_defaults(folder, config.generation_config), templates
 
 
 async def _before(event: asyncio.Event, work: asyncio.Future[Any]) -> bool:

@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
 
-To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Ready` or `Failed` (once), then one `Step`
-for each step of the engine. Nothing here imports torch, and nothing is pickled.
+To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Words`, then `Ready` (or `Failed` in place
+of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lm.params import SamplingParams
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that the engine is told at its start; names and meanings are vLLM's flags."""
 
-    folder: str
+    folder: str  # or a GGUF file
     dtype: str = "auto"
     max_model_len: int | None = None  # tokens; None: the model's context, or what the cache holds if that is less
     max_num_seqs: int = 128  # requests that run at once
@@ -42,6 +42,18 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
 
 class Configure(msgspec.Struct, tag="configure", frozen=True):
     config: EngineConfig
+
+
+class Words(msgspec.Struct, tag="words", frozen=True, kw_only=True):
+    """The model's tokenizer, sent before the weights are loaded: the texts of tokenizer.json and of
+    tokenizer_config.json.
+    """
+
+    tokenizer: str
+    settings: str  # JSON in a text, since it may have numbers that msgpack has not
+    eos_id: int | None
+    bos_id: int | None
+    pad_id: int | None
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
@@ -124,4 +136,4 @@ class Step(msgspec.Struct, tag="step"):
 
 
 ToEngine = Add | Abort | Configure
-FromEngine = Ready | Failed | Step
+FromEngine = Words | Ready | Failed | Step

@@ -34,7 +34,7 @@ def frame(message: Any) -> bytes:
 
 
 def spawn(config: EngineConfig) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Starts the engine; the first frame that comes over the socket is Ready or Failed."""
+    """Starts the engine; the first frame that comes over the socket is Words or Failed."""
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "serve.engine.process", str(theirs.fileno())]
@@ -100,12 +100,16 @@ def _serve(channel: Channel) -> None:
     # Imported here: `spawn` is called by a process that never loads torch.
     import torch
 
+    from lm import pretrained
     from serve.engine.build import build
+    from serve.engine.words import pack
 
     configure, *early = channel.receive(wait=True)
     assert isinstance(configure, Configure)
     try:
-        engine, ready = build(configure.config)
+        tokenizer = pretrained.load_tokenizer(configure.config.folder)
+        channel.send(pack(tokenizer))
+        engine, ready = build(configure.config, tokenizer)
     except (MemoryError, torch.OutOfMemoryError):
         channel.send(Failed(OUT_OF_MEMORY))
         return

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lm.tokenizer import Tokenizer
 from serve.api.chat_template import ChatTemplateError, render
-from serve.api.renderer import Renderer, TemplateFileError, Templates
+from serve.api.renderer import Renderer, TemplateFileError, Templates, read_template
 from serve.errors import InvalidRequest
 
 # Shapes that models in use have, written for these tests.
@@ -189,7 +189,6 @@ HOSTILE = {
     "{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}": "more than 8388608 characters",
     "{{ '%999999999d' | format(1) }}": "",  # it may be memory, characters, or time
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "",
-    "{{ " + "-" * 50000 + "1 }}": "",
 }
 
 
@@ -272,7 +271,7 @@ def test_templates_of_a_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     def templates(setting: Any, given: str | None = None) -> Templates:
         file.write_text(json.dumps({**plain, "unk_token": {"content": "?"}, "chat_template": setting}))
-        return Templates.of(Tokenizer.load(tmp_path), given)
+        return Templates.of(Tokenizer.load(tmp_path), None if given is None else read_template(given))
 
     assert templates(None).pick(False) is None
     assert templates(5).pick(False) is None

@@ -82,8 +82,10 @@ class Streams:
 
 def test_a_folder_that_is_none(tmp_path: Path, folder: Path) -> None:
     assert sentence(run(str(tmp_path / "nothing")), 2).endswith(
-        "is not a folder; a model is a folder with config.json and model.safetensors."
+        "does not exist; a model is a folder with config.json, model.safetensors and tokenizer.json, or a GGUF file."
     )
+    (tmp_path / "file.gguf").write_bytes(b"nothing")
+    assert "is no GGUF file" in sentence(run(str(tmp_path / "file.gguf"), "--port", "0"), 2)
     assert "has no config.json" in sentence(run(str(tmp_path)), 2)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -280,10 +282,16 @@ def test_an_engine_that_dies_takes_the_server_with_it(start) -> None:
 
 def test_a_server_that_dies_takes_the_engine_with_it(start) -> None:
     server = start()
-    engine = server.engine_pid()
+    server.chat(messages=[{"role": "user", "content": "fox"}], max_tokens=1)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) == 2  # the engine, and what renders chats
     server.process.kill()
     server.wait()
-    assert eventually(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == psutil.STATUS_ZOMBIE)
+
+    def ended(process: psutil.Process) -> bool:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+    assert eventually(lambda: all(ended(process) for process in children))
 
 
 def test_a_signal_while_it_starts(folder: Path) -> None:

@@ -71,9 +71,9 @@ def test_dtype_is_the_folders_where_the_machine_is_fast_in_it(tmp_path: Path, mo
     half = folder(tmp_path, dtype="bfloat16")
     assert build.choose_dtype("float16", half, "cpu") == (torch.float16, None)
     assert build.choose_dtype("auto", half, "cuda") == (torch.bfloat16, None)
-    monkeypatch.setattr(build, "_has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(build, "bf16_is_fast", lambda device: True)
     assert build.choose_dtype("auto", half, "cpu") == (torch.bfloat16, None)
-    monkeypatch.setattr(build, "_has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(build, "bf16_is_fast", lambda device: False)
     dtype, note = build.choose_dtype("auto", half, "cpu")
     assert dtype == torch.float32
     assert note is not None
