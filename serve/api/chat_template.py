@@ -62,7 +62,7 @@ def render(
         raise
     except UnicodeEncodeError as error:
         raise ChatTemplateError(f"The rendered chat has half of a surrogate pair at character {error.start}.") from None
-    except (TemplateError, MemoryError, RecursionError, Exception) as error:
+    except Exception as error:  # a program that others wrote may raise whatever there is
         raise ChatTemplateError(_sentence(error)) from None
     return _cut(text) if continue_final else text
 

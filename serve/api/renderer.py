@@ -120,7 +120,11 @@ class Renderer:
             "variables": {**self.templates.special, **variables},
             "continue_final": continue_final,
         }
-        answer = await self._ask(json.dumps(question).encode() + b"\n")
+        try:
+            line = json.dumps(question).encode() + b"\n"
+        except RecursionError:
+            raise InvalidRequest("The chat is nested too deeply to be rendered.", "messages") from None
+        answer = await self._ask(line)
         if "error" in answer:
             raise InvalidRequest(answer["error"], "messages")
         return answer["text"]

@@ -297,6 +297,16 @@ def test_a_big_body_gets_a_small_answer(server) -> None:
         assert len(response.content) < 5000
 
 
+@pytest.mark.parametrize("depth", [90, 500, 900, 2000, 100_000])
+def test_a_deep_body_is_no_server_error(server, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for fields in (f'"chat_template_kwargs": {{"a": {deep}}}', f'"documents": [{{"a": {deep}}}]', f'"tools": {deep}'):
+        body = f'{{"messages": [{{"role": "user", "content": "a"}}], "max_tokens": 1, {fields}}}'
+        response = server.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert response.status_code in (200, 400), response.text
+    assert server.chat(messages=CHAT, max_tokens=1)["object"] == "chat.completion"
+
+
 def test_tools_are_shown_where_no_call_is_asked_for(server) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     chat = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "b", "tool_call_id": "1"}]
