@@ -38,9 +38,10 @@ def spawn(config: EngineConfig) -> tuple[subprocess.Popen[bytes], socket.socket]
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "serve.engine.process", str(theirs.fileno())]
-        # A thread that waits for the others sleeps: spinning, it takes a core for which HTTP or others have work,
-        # and then a step takes several times as long.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        # A thread that waits for the others spins for some microseconds, which bridges the gap between two operations,
+        # and then sleeps: spinning on, as is the default, it takes a core for which HTTP or others have work, and then
+        # a step takes several times as long.
+        environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
     ours.sendall(frame(Configure(config)))
     return process, ours
