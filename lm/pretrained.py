@@ -331,6 +331,7 @@ def _write_weights(folder: Path, weights: Weights, dtype: torch.dtype, shard_byt
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
         save_file(ready, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # the library's is for its user's eyes alone
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}

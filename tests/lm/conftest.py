@@ -33,6 +33,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "bias": "mlp",
         "tie_embeddings": False,
     },
+    "qwen2": {"bias": "qkv", "kv_heads": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "smollm3": {"rope_pattern": "RN", "bias": "attention", "kv_heads": 2},
     "gpt2": {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh"},
     "sinusoidal": {"positions": "sinusoidal", "norm": "layer", "activation": "gelu", "tie_embeddings": False},
     "no-positions": {"positions": "none", "activation": "relu2", "softcap": 5.0, "kv_heads": 2},

@@ -102,6 +102,14 @@ def tiny_own(make: Callable[..., DecoderLM], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+def test_a_pipeline_runs_on_the_folder(tiny_own: Path) -> None:
+    """Config, tokenizer and model by the Auto classes, as other tools find them."""
+    from transformers import pipeline
+
+    made = pipeline("text-generation", model=str(tiny_own))("to be", max_new_tokens=3, do_sample=False)
+    assert made[0]["generated_text"].startswith("to be")
+
+
 def test_import_lm_stays_light() -> None:
     code = "import sys, lm; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
