@@ -98,7 +98,8 @@ def test_the_order_of_imports_does_not_matter(order: str, tiny_own: Path) -> Non
 @pytest.fixture(scope="module")
 def tiny_own(make: Callable[..., DecoderLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "model"
-    save(make(softcap=9.0), folder, tokenizer=train_bpe(["to be or not"], 270))
+    tokenizer = train_bpe(["to be or not"], 270)
+    save(make(softcap=9.0, vocab_size=tokenizer.vocab_size), folder, tokenizer=tokenizer)
     return folder
 
 
