@@ -20,9 +20,11 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench.record import ROOT, WORK, save, timed, train_command
+from train.data import Tokens, windows
 
 CPU_FLAGS = [  # nanoGPT's README, "I only have a macbook"
     *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12"),
@@ -92,11 +94,8 @@ def _peer(clone: Path) -> Path:
 
 def _peer_loss(peer: Path) -> float:
     """The loss of the checkpoint that nanoGPT just wrote, by its own model, on the same windows as ours."""
-    sys.path.insert(0, str(peer))
+    sys.path.append(str(peer))  # last: the clone has a train.py too
     import model as nanogpt  # type: ignore[import-not-found]
-    import numpy as np
-
-    from train.data import Tokens, windows
 
     saved = torch.load(peer / "out-shakespeare-char" / "ckpt.pt", map_location="cpu", weights_only=True)
     net = nanogpt.GPT(nanogpt.GPTConfig(**saved["model_args"]))
