@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench-char bench-train figures clean
+.PHONY: help install demo test lint format bench-char bench-train bench-start figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,7 @@ demo: $(STAMP) ## train a small language model on Shakespeare, serve it, talk to
 	@$(PY) scripts/demo.py $(if $(ONCE),--once) $(if $(TEXT),--text "$(TEXT)")
 
 test: $(STAMP) ## run all tests
+	@$(PY) scripts/fetch.py smollm2 || echo "The tests that need this model are skipped."
 	$(PY) -m pytest
 
 lint: $(STAMP) ## ruff and the type checker
@@ -55,6 +56,9 @@ bench-char: $(STAMP) ## loss on Tiny Shakespeare by characters, beside nanoGPT (
 
 bench-train: $(STAMP) ## training speed beside transformers.Trainer
 	$(PY) -m bench.train
+
+bench-start: $(STAMP) ## seconds from `python -m serve` to the first token
+	$(PY) -m bench.start
 
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py

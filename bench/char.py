@@ -43,7 +43,7 @@ def main() -> None:
         )
     gpu = torch.cuda.is_available()
     recipe = "configs/shakespeare-char-gpu.yaml" if gpu else "configs/shakespeare-char.yaml"
-    timed([sys.executable, "scripts/fetch_text.py"])
+    timed([sys.executable, "scripts/fetch.py", "shakespeare"])
     peer = _peer(Path(options.nanogpt))
     losses: dict[str, list[float]] = {"heed": [], "nanoGPT": []}
     seconds: dict[str, list[float]] = {"heed": [], "nanoGPT": []}

@@ -49,7 +49,7 @@ def main() -> None:
     if options.peer:
         Path(options.peer).write_text(json.dumps(_peer(recipe, options)), encoding="utf-8")
         return
-    timed([sys.executable, "scripts/fetch_text.py"])
+    timed([sys.executable, "scripts/fetch.py", "shakespeare"])
     samples: dict[str, list[float]] = {"heed": [], "transformers.Trainer": []}
     words = ["--shape", options.shape, "--dtype", options.dtype] + (["--compile"] if options.compile else [])
     extra = ["--updates", str(options.updates), "--warmup", str(options.warmup)]

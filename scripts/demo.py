@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.fetch_text import FetchError, fetch  # noqa: E402
+from scripts.fetch import FetchError, fetch  # noqa: E402
 from train.config import Recipe, RecipeError, load  # noqa: E402
 from train.tracking import sync_command  # noqa: E402
 
@@ -68,7 +68,7 @@ def _demo(options: argparse.Namespace, text: Path | None, children: list[subproc
     overrides = list(options.overrides)
     if text is None:
         heading("Text")
-        print(f"Tiny Shakespeare, in {shown(fetch())}")
+        print(f"Tiny Shakespeare, in {shown(fetch('shakespeare'))}")
     else:
         overrides = [f"data.text={text}", f"run.dir=runs/demo-{text.stem}", *overrides]
     recipe = load(options.recipe, overrides)

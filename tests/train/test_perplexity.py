@@ -105,6 +105,19 @@ def test_the_figures_are_those_of_transformers(
         assert scored == 399
 
 
+def test_smollm2_has_their_perplexity(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that somebody else trained, read from GGUF, over 4 windows of 1,024 tokens of this project's own pages."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+    text, folder = tmp_path / "pages.txt", tmp_path / "model"
+    text.write_text(pages, encoding="utf-8")
+    tokenizer = pretrained.load_tokenizer(smollm2)
+    pretrained.save(pretrained.load(smollm2, torch.float32), folder, tokenizer=tokenizer)
+    nats, scored = by_transformers(folder, tokenizer.encode(pages)[:4096], 1024, 1024)
+    found = figures(capsys, smollm2, "--text", text, "--context", 1024, "--tokens", 4096, "--dtype", "float32")
+    assert found["scored"] == scored == 4 * 1023
+    assert found["perplexity"] == pytest.approx(math.exp(nats / scored), rel=1e-4)
+
+
 def test_bits_a_byte_counts_the_bytes_of_the_text(folder: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With windows that overlap all but the first token is scored, and their bytes are the text's."""
     tokenizer = train_bpe([TEXT], 320)
