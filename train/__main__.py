@@ -6,9 +6,9 @@ import importlib
 import os
 import sys
 
-# Before torch is imported: a thread that waits for another spins for some microseconds, which bridges the gap between two
-# operations, and then sleeps. By default it spins a hundred times as long; where another program wants the core (a
-# browser on a laptop), each of a step's hundreds of small operations then takes as long.
+# Before torch is imported: a thread that waits for another spins for some microseconds, which bridges the gap between
+# two operations, and then sleeps. By default it spins far longer; where another program wants the core (a browser on a
+# laptop), each of a step's hundreds of small operations then takes as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 VERBS = {  # each module has main(argv) -> exit status; a bare CONFIG trains
