@@ -43,7 +43,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with a byte-level BPE and random weights: every route answers from it, in milliseconds."""
+    """A model folder with a byte-level BPE, a chat template and random weights: every route answers from it."""
     import torch
 
     from lm import DecoderConfig, DecoderLM, pretrained
@@ -51,6 +51,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     tokenizer = train_bpe(SENTENCES, 300)
+    tokenizer.settings["chat_template"] = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    )
     config = DecoderConfig(vocab_size=tokenizer.vocab_size, context=256, layers=2, width=64, heads=4, kv_heads=2)
     folder = tmp_path_factory.mktemp("tiny") / "model"
     pretrained.save(DecoderLM(config), folder, tokenizer=tokenizer)
