@@ -158,6 +158,9 @@ def model_class() -> Any:
                 attention_mask = torch.ones_like(input_ids)
             mask = attention_mask.long()
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            longest, context = int(positions.max()) + 1, self.model.config.context
+            if longest > context:
+                raise ValueError(f"a sequence has {longest} tokens; the model's context is {context}.")
             documents = None if bool(mask.all()) else mask  # padding is a document of its own
             attend = CausalAttend(self.model.config.windows(), documents)
             logits = self.model.logits(self.model.hidden(input_ids, positions, attend))

@@ -44,6 +44,13 @@ def read(folder: Path) -> Any:
     return model.eval()
 
 
+def test_a_sequence_beyond_the_context_is_refused_in_a_sentence(own: tuple[DecoderLM, Path]) -> None:
+    model, folder = own
+    tokens = torch.zeros(1, model.config.context + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"{model.config.context + 1} tokens; the model's context is"):
+        read(folder)(tokens)
+
+
 @torch.no_grad()
 def test_the_folder_gives_our_logits_and_comes_back(
     own: tuple[DecoderLM, Path], tokens: torch.Tensor, tmp_path: Path
