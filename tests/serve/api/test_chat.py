@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -344,10 +345,16 @@ def test_nothing_that_can_be_sent_is_a_server_error(server, fields: dict[str, An
 # ---------------------------------------------------------------- other servers
 
 
-def test_a_model_without_a_template_says_so(tiny_server) -> None:
-    for path in ("/v1/chat/completions", "/tokenize"):
-        sentence = refused(httpx.post(tiny_server.url + path, json={"messages": CHAT}), "messages")
-        assert sentence.startswith("This model has no chat template, so messages cannot become a prompt: start the")
+def test_a_model_without_a_template_says_so(folder: Path, tmp_path: Path, launching) -> None:
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    running = launching(bare, tmp_path / "log", "--kv-cache-memory-bytes", "4M")
+    try:
+        for path in ("/v1/chat/completions", "/tokenize"):
+            sentence = refused(httpx.post(running.url + path, json={"messages": CHAT}), "messages")
+            assert sentence.startswith("This model has no chat template, so messages cannot become a prompt: start the")
+    finally:
+        running.end()
 
 
 @pytest.fixture(scope="module")
