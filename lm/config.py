@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
 NORMS = ("rms", "layer")
@@ -49,6 +49,40 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
+def wrong_types(config: Any) -> list[str]:
+    """A sentence for each field of a config dataclass whose value is not of the type that the field is declared with."""
+    wanted: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "int | None": (int, type(None)),
+        "float": (float, int),
+        "float | None": (float, int, type(None)),
+        "str": (str,),
+        "bool": (bool,),
+        "bool | str": (bool, str),
+        "dict[str, Any] | None": (dict, type(None)),
+    }
+    problems = []
+    for entry in fields(config):
+        kind, value = str(entry.type), getattr(config, entry.name)
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, wanted[kind]) or (is_bool and bool not in wanted[kind]):
+            words = kind.replace(" | None", " or left out").replace("dict[str, Any]", "keys with their values")
+            problems.append(f"{entry.name} is {value!r}; it must be {words.replace(' | ', ' or ')}.")
+    return problems
+
+
+class Checks:
+    """Collects, in `problems`, a sentence for each value of `config` that is not what it must be."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.problems: list[str] = []
+
+    def __call__(self, good: bool, name: str, right: str) -> None:
+        if not good:
+            self.problems.append(f"{name} is {getattr(self.config, name)!r}; {right}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder-only causal Transformer.
@@ -57,6 +91,8 @@ class DecoderConfig:
     number; likewise `bias` becomes a name and `rope_scaling` is complete, or None where it scales nothing. Raises
     ConfigError, with a sentence for each unknown or contradictory value.
     """
+
+    architecture: ClassVar[str] = "decoder"
 
     vocab_size: int
     context: int  # the longest sequence, in tokens
@@ -83,7 +119,7 @@ class DecoderConfig:
     dropout: float = 0.0  # on the embedding and on each sub-layer's output, while training
 
     def __post_init__(self) -> None:
-        problems = self._wrong_types() or self._wrong_values()
+        problems = wrong_types(self) or self._wrong_values()
         if problems:
             raise ConfigError(problems)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
@@ -162,33 +198,9 @@ class DecoderConfig:
             keys += span - span * (span - 1) / (2 * context)  # the first `span` tokens see 1, 2, ... span keys
         return int(6 * matrices + 12 * q * keys)
 
-    def _wrong_types(self) -> list[str]:
-        wanted: dict[str, tuple[type, ...]] = {
-            "int": (int,),
-            "int | None": (int, type(None)),
-            "float": (float, int),
-            "float | None": (float, int, type(None)),
-            "str": (str,),
-            "bool": (bool,),
-            "bool | str": (bool, str),
-            "dict[str, Any] | None": (dict, type(None)),
-        }
-        problems = []
-        for entry in fields(self):
-            kind, value = str(entry.type), getattr(self, entry.name)
-            is_bool = isinstance(value, bool)
-            if not isinstance(value, wanted[kind]) or (is_bool and bool not in wanted[kind]):
-                words = kind.replace(" | None", " or left out").replace("dict[str, Any]", "keys with their values")
-                problems.append(f"{entry.name} is {value!r}; it must be {words.replace(' | ', ' or ')}.")
-        return problems
-
     def _wrong_values(self) -> list[str]:
-        problems: list[str] = []
-
-        def check(good: bool, name: str, right: str) -> None:
-            if not good:
-                problems.append(f"{name} is {getattr(self, name)!r}; {right}.")
-
+        check = Checks(self)
+        problems = check.problems
         for name in ("vocab_size", "context", "layers", "width", "heads"):
             check(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("kv_heads", "head_dim", "mlp_width", "window"):
