@@ -24,7 +24,7 @@ from lm.attention import Attend, CausalAttend
 from lm.config import DecoderConfig
 from lm.layers import MLP, RMSNorm, make_norm
 from lm.linear import Linear, linear
-from lm.loss import IGNORE, head_loss
+from lm.loss import Loss, head_loss
 from lm.positions import rotary_table, rotate, sinusoidal_table
 from lm.state import CacheAttend, DecoderState
 
@@ -160,8 +160,8 @@ class DecoderLM(nn.Module):
             out = self.config.softcap * torch.tanh(out / self.config.softcap)
         return out
 
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Next-token loss: the sum in nats over the targets (fp32 scalar), and how many there are (int64 scalar).
+    def forward(self, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Loss:
+        """Next-token loss over the targets, with label smoothing where it is asked for.
 
         batch: tokens int64 [B, T]; targets int64 [B, T], already shifted, lm.loss.IGNORE where nothing is asked;
         documents int [B, T] (optional), to keep attention inside a document.
@@ -170,7 +170,7 @@ class DecoderLM(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         attend = CausalAttend(self.config.windows(), batch.get("documents"))
         hidden = self.hidden(tokens, positions, attend)
-        return head_loss(hidden, self.output_weight, targets, self.config.softcap), (targets != IGNORE).sum()
+        return head_loss(hidden, self.output_weight, targets, self.config.softcap, smoothing)
 
     def start(self, src: Tensor, src_mask: Tensor | None = None) -> DecoderState:
         """Read prompts: src int64 [B, T], src_mask bool [B, T] with the True cells of a row first -> a state, ready

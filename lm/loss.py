@@ -6,6 +6,8 @@ gradient in place, they never exist as a whole, neither in the forward pass nor 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,21 @@ IGNORE = -100  # a target that is not asked for
 SLICE = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits in a slice: what a CPU's cache holds; what a GPU needs to be busy
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """Summed cross-entropy in nats, an fp32 scalar, of softmax(cap(hidden weight^T)) at the targets.
+class Loss(NamedTuple):
+    """What a model's forward returns, each a scalar: summed over the targets of the batch."""
 
-    hidden [..., width], weight [vocab, width], targets int64 [...] with IGNORE where nothing is asked.
+    total: Tensor  # the objective, in nats, fp32: cross-entropy, label-smoothed where that was asked for
+    targets: Tensor  # how many there are, int64
+    nll: Tensor  # the plain negative log-likelihood, in nats, fp32, without gradient
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, smoothing: float = 0.0
+) -> Loss:
+    """Summed cross-entropy of softmax(cap(hidden weight^T)) at the targets.
+
+    hidden [..., width], weight [vocab, width], targets int64 [...] with IGNORE where nothing is asked. smoothing: the
+    share of the target distribution that is spread evenly over the whole vocabulary (arXiv 1512.00567, section 7).
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     device = hidden.device.type
@@ -26,8 +39,10 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | 
         hidden = hidden.to(torch.get_autocast_dtype(device))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_gradient:
-        return _HeadLoss.apply(hidden, weight, targets, softcap)
-    return _head_loss(hidden, weight, targets, softcap, None, None)
+        total, nll = _HeadLoss.apply(hidden, weight, targets, softcap, smoothing)
+    else:
+        total, nll = _head_loss(hidden, weight, targets, softcap, smoothing, None, None)
+    return Loss(total, (targets != IGNORE).sum(), nll)
 
 
 def _head_loss(
@@ -35,14 +50,17 @@ def _head_loss(
     weight: Tensor,
     targets: Tensor,
     softcap: float | None,
+    smoothing: float,
     dhidden: Tensor | None,
     dweight: Tensor | None,
-) -> Tensor:
-    """The loss; and, where dhidden [rows, width] and dweight [vocab, width] are given, they are filled with its
-    gradients.
+) -> tuple[Tensor, Tensor]:
+    """The objective and the plain loss; and, where dhidden [rows, width] and dweight [vocab, width] are given, they
+    are filled with the objective's gradients.
     """
-    rows = max(64, SLICE.get(hidden.device.type, 1 << 24) // weight.shape[0])
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    vocab = weight.shape[0]
+    rows = max(64, SLICE.get(hidden.device.type, 1 << 24) // vocab)
+    nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    even = torch.zeros((), dtype=torch.float32, device=hidden.device)  # cross-entropy against the even distribution
     weight = weight.to(hidden.dtype)
     for start in range(0, hidden.shape[0], rows):
         h, target = hidden[start : start + rows], targets[start : start + rows]
@@ -56,12 +74,18 @@ def _head_loss(
             logits.mul_(softcap)
         logits.sub_(logits.amax(dim=-1, keepdim=True))
         picked = logits.gather(1, index).squeeze(1)
+        mean = logits.mean(dim=-1) if smoothing else None
         total = logits.exp_().sum(dim=-1, keepdim=True)
-        loss += (total.squeeze(1).log() - picked).masked_fill_(~asked, 0).sum()
+        log_total = total.squeeze(1).log()
+        nll += (log_total - picked).masked_fill_(~asked, 0).sum()
+        if mean is not None:
+            even += (log_total - mean).masked_fill_(~asked, 0).sum()
         if dhidden is None or dweight is None:
             continue
-        gradient = logits.div_(total)  # softmax, then minus one at the target
-        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+        gradient = logits.div_(total)  # softmax, minus the target distribution
+        if smoothing:
+            gradient.sub_(smoothing / vocab)
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, smoothing - 1.0))
         gradient.mul_(asked.unsqueeze(1))
         if slope is not None:
             gradient.mul_(slope)
@@ -71,19 +95,22 @@ def _head_loss(
             dweight.addmm_(gradient.t(), h)
         else:
             dweight.add_(gradient.t() @ h)
-    return loss
+    return (1 - smoothing) * nll + smoothing * even if smoothing else nll.clone(), nll
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss = _head_loss(hidden, weight, targets, softcap, dhidden, dweight)
+            total, nll = _head_loss(hidden, weight, targets, softcap, smoothing, dhidden, dweight)
         ctx.save_for_backward(dhidden, dweight)
-        return loss
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor, _):  # type: ignore[override]
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * gradient.to(dhidden.dtype), dweight * gradient.to(dweight.dtype), None, None
+        return dhidden * gradient.to(dhidden.dtype), dweight * gradient.to(dweight.dtype), None, None, None

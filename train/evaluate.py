@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lm.decoder import DecoderLM
 from train.data import Tokens, windows
 from train.launch import Launch
 
@@ -28,7 +27,7 @@ class Held:
 
 @torch.no_grad()
 def evaluate(
-    model: DecoderLM,
+    model: Any,
     launch: Launch,
     split: Tokens,
     *,
@@ -50,7 +49,7 @@ def evaluate(
         mine = launch.rank < len(group)
         batch = {name: tensor.to(launch.device) for name, tensor in group[launch.rank if mine else 0].items()}
         with launch.accelerator.autocast():
-            loss, targets = model(batch)
+            loss, targets, _ = model(batch)
         if mine:
             total, count = total + float(loss), count + float(targets)
     model.train(training)

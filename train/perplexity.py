@@ -73,7 +73,7 @@ def score(
     model.eval()
     with torch.no_grad(), bar("evaluating", len(ids), "tokens", progress) as update:
         for batch, read in windows(ids, context, stride):
-            loss, count = model({name: tensor.to(device) for name, tensor in batch.items()})
+            loss, count, _ = model({name: tensor.to(device) for name, tensor in batch.items()})
             targets = batch["targets"].numpy()
             nats, scored = nats + float(loss), scored + int(count)
             size += int(token_bytes[targets[targets != IGNORED]].sum())

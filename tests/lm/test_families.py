@@ -198,7 +198,7 @@ def test_any_config_comes_in_is_trained_and_goes_out(
         close(before, original(tokens).logits)
 
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
-    loss, count = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
+    loss, count, _ = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
     (loss / count).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     optimizer.step()

@@ -162,11 +162,13 @@ def test_sinusoids_are_the_papers() -> None:
 # ------------------------------------------------------------ head and loss
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+def plain_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, smoothing: float = 0.0
+) -> Tensor:
     logits = F.linear(hidden, weight)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("slice_", [None, 1])  # 1: the least that is computed at a time, 64 rows
@@ -176,10 +178,17 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
     width=sizes,
     vocabulary=sizes,
     softcap=st.sampled_from([None, 2.0, 30.0]),
+    smoothing=st.sampled_from([0.0, 0.1]),
     ignored=st.floats(0, 1),
 )
 def test_head_loss_is_cross_entropy(
-    slice_: int | None, rows: int, width: int, vocabulary: int, softcap: float | None, ignored: float
+    slice_: int | None,
+    rows: int,
+    width: int,
+    vocabulary: int,
+    softcap: float | None,
+    smoothing: float,
+    ignored: float,
 ) -> None:
     generator = torch.Generator().manual_seed(rows)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
@@ -188,8 +197,8 @@ def test_head_loss_is_cross_entropy(
         if slice_ is not None:
             patch.setitem(lm.loss.SLICE, "cpu", slice_)
         same(
-            lambda hidden, weight: head_loss(hidden, weight, targets, softcap),
-            lambda hidden, weight: plain_loss(hidden, weight, targets, softcap),
+            lambda hidden, weight: head_loss(hidden, weight, targets, softcap, smoothing).total,
+            lambda hidden, weight: plain_loss(hidden, weight, targets, softcap, smoothing),
             randn(rows, width),
             randn(vocabulary, width),
             atol=1e-4,
@@ -198,18 +207,24 @@ def test_head_loss_is_cross_entropy(
 
 def test_head_loss_without_gradients_and_in_any_shape() -> None:
     hidden, weight, targets = randn(2, 5, 8), randn(11, 8), torch.randint(11, (2, 5))
-    expected = plain_loss(hidden.reshape(10, 8), weight, targets.reshape(10), None)
+    flat = (hidden.reshape(10, 8), weight, targets.reshape(10), None)
     with torch.no_grad():
-        torch.testing.assert_close(head_loss(hidden, weight, targets), expected)
-    loss = head_loss(hidden.requires_grad_(), weight, targets)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-    assert head_loss(hidden, weight, torch.full((2, 5), IGNORE)).item() == 0
+        loss = head_loss(hidden, weight, targets, smoothing=0.1)
+    torch.testing.assert_close(loss.total, plain_loss(*flat, smoothing=0.1))
+    torch.testing.assert_close(loss.nll, plain_loss(*flat))  # the plain one, whatever is smoothed
+    assert int(loss.targets) == 10
+    loss = head_loss(hidden.requires_grad_(), weight, targets, smoothing=0.1)
+    torch.testing.assert_close(loss.nll, plain_loss(*flat).detach())
+    assert not loss.nll.requires_grad
+    assert loss.total.dtype == torch.float32
+    assert loss.total.shape == ()
+    nothing = head_loss(hidden, weight, torch.full((2, 5), IGNORE))
+    assert (nothing.total.item(), int(nothing.targets)) == (0, 0)
 
 
 def test_head_loss_of_huge_logits_is_finite() -> None:
     hidden, weight = randn(70, 8) * 1e4, (randn(11, 8) * 1e4).requires_grad_()
-    loss = head_loss(hidden, weight, torch.randint(11, (70,)))
+    loss = head_loss(hidden, weight, torch.randint(11, (70,))).total
     loss.backward()
     assert torch.isfinite(loss)
     assert weight.grad is not None
@@ -218,10 +233,10 @@ def test_head_loss_of_huge_logits_is_finite() -> None:
 
 def test_head_loss_under_autocast_is_within_bf16_of_fp32() -> None:
     hidden, weight, targets = randn(100, 16).requires_grad_(), randn(30, 16).requires_grad_(), torch.randint(30, (100,))
-    exact = head_loss(hidden, weight, targets)
+    exact = head_loss(hidden, weight, targets).total
     expected = torch.autograd.grad(exact, (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head_loss(hidden, weight, targets)
+        loss = head_loss(hidden, weight, targets).total
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)

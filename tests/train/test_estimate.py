@@ -60,7 +60,7 @@ def test_memory_agrees_with_what_a_step_keeps(tmp_path: Path, overrides: list[st
     tokens = torch.randint(0, 200, (micro_rows(made, World()), config.context))
     bf16 = made.train.dtype == "bf16"
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss, _ = model({"tokens": tokens, "targets": tokens})
+        loss, _, _ = model({"tokens": tokens, "targets": tokens})
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     assert held["activations"] == pytest.approx(kept, rel=0.25)
 

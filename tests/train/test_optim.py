@@ -167,7 +167,7 @@ def test_the_loss_falls(name: str) -> None:
     optimizer = make_optimizer(model, Optim(name=name, lr=1e-2, matrix_lr=0.02, weight_decay=0.0))
     losses = []
     for _ in range(40):
-        loss, count = model(batch)
+        loss, count, _ = model(batch)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
