@@ -1,9 +1,9 @@
 """The training run, from a recipe to a model folder.
 
 The data order, the schedule and dropout are functions of the update count, so a checkpoint holds weights, optimizer
-state and a
-few numbers, and the same command continues where the last one stopped. The loss of an update is the sum over its
-targets divided by their number in the *global* batch: equal under any split into micro-batches and ranks.
+state and a few numbers, and the same command continues where the last one stopped. The loss of an update is the sum
+over its targets divided by their number in the *global* batch: equal under any split into micro-batches and ranks.
+What is learned, from what, and how it is judged is the task's (train/task.py).
 """
 
 from __future__ import annotations
@@ -18,24 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lm import pretrained
-from lm.decoder import Block, DecoderLM
-from lm.sampling import SamplingParams
-from lm.search import generate
-from train import card, checkpoint, launch, origin, plot, resume
+from train import checkpoint, launch, plot, resume, task
 from train.checkpoint import Progress
-from train.config import Recipe, RecipeError
-from train.data import Batches
+from train.config import Recipe
 from train.estimate import peak_flops
-from train.evaluate import evaluate
 from train.metrics import Metrics
 from train.optim import make_optimizer
-from train.prepare import Prepared, prepare
 from train.progress import Say, clock
 from train.schedule import factor
+from train.task import Task
 from train.tracking import Tracker
 
 
@@ -45,42 +39,26 @@ def run(recipe: Recipe) -> int:
     here = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
     resume_from = resume.find(recipe, run_dir)
-    prepared = prepare(recipe)  # one rank builds, under a lock; the others wait for it
-    return Trainer(recipe, here, run_dir, prepared, resume_from).train()
+    return Trainer(task.make(recipe), here, run_dir, resume_from).train()
 
 
 class Trainer:
     """One rank's part of one run."""
 
-    def __init__(
-        self, recipe: Recipe, here: launch.Launch, run_dir: Path, prepared: Prepared, resume_from: Path | None
-    ):
-        self.recipe, self.here, self.run_dir, self.data = recipe, here, run_dir, prepared
-        self.config = recipe.decoder_config(prepared.tokenizer.vocab_size)
-        self.prompts = _prompts(recipe, prepared)
-        self.batches = Batches(
-            prepared.train,
-            context=recipe.model.context,
-            batch_tokens=recipe.train.batch_tokens,
-            seed=recipe.run.seed,
-            eos_id=prepared.tokenizer.eos_id,
-            document_mask=recipe.data.document_mask,
-        )
+    def __init__(self, task: Task, here: launch.Launch, run_dir: Path, resume_from: Path | None):
+        self.task, self.here, self.run_dir = task, here, run_dir
+        self.recipe = recipe = task.recipe
         torch.manual_seed(recipe.run.seed)  # the same weights on every rank
-        self.bare = DecoderLM(self.config) if recipe.origin is None else origin.load(recipe)
-        self.bare.recompute = recipe.train.activation_checkpointing
+        self.bare: nn.Module = task.model()
         self.optimizer: Any = make_optimizer(self.bare, recipe.optim)
-        if recipe.train.compile:
-            compile_blocks(self.bare)
         self.model, self.optimizer = here.accelerator.prepare(self.bare, self.optimizer)
         self.bare = here.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.optimizer = getattr(
-            self.optimizer, "optimizer", self.optimizer
-        )  # Accelerate's wrapper would skip steps of its own
+        # Without Accelerate's wrapper, which would skip steps of its own.
+        self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self.progress = Progress()
         if resume_from is not None:
-            self.progress = resume.load(resume_from, self.bare, self.optimizer, prepared.fingerprint)
-        self.progress.data = prepared.fingerprint
+            self.progress = resume.load(resume_from, self.bare, self.optimizer, task.fingerprint)
+        self.progress.data = task.fingerprint
         self.steps = recipe.total_steps
         self.peak = peak_flops(launch.device_name(here.device), recipe.train.dtype)
         self.stopping = False
@@ -100,7 +78,7 @@ class Trainer:
             aside.write_text(recipe.to_yaml(), encoding="utf-8")
             aside.replace(self.run_dir / "config.yaml")
         self.metrics = Metrics(self.run_dir, resume_step=progress.step) if here.main else None
-        self.tracker = Tracker.start(recipe, self.run_dir, self.data.fingerprint, main=here.main)
+        self.tracker = Tracker.start(recipe, self.run_dir, self.task.fingerprint, main=here.main)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.say = Say(here.main, self.steps, progress.step)
         status = 1
@@ -155,17 +133,11 @@ class Trainer:
                 if stopping:
                     return
 
-    def _batch(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's rows of the update's global batch, in micro-batches, on the device."""
-        total, (rank, world) = self.batches.sequences, (self.here.rank, self.here.world)
-        first, last = rank * total // world, (rank + 1) * total // world
-        size = self.recipe.train.micro_batch or last - first
+    def _batch(self, update: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of an update's global batch, on the device."""
         return [
-            {
-                name: t.to(self.here.device, non_blocking=True)
-                for name, t in self.batches.batch(step, slice(row, min(row + size, last))).items()
-            }
-            for row in range(first, last, size)
+            {name: tensor.to(self.here.device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in self.task.micro_batches(update, self.here.rank, self.here.world)
         ]
 
     def _update(self, micro_batches: list[dict[str, Tensor]], window: Window) -> None:
@@ -173,16 +145,17 @@ class Trainer:
         rate = factor(recipe.schedule, progress.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
-        if self.config.dropout:
+        if self.task.config.dropout:
             launch.seed_step(recipe.run.seed, progress.step, here.rank)
-        targets = self.batches.sequences * self.batches.context  # of the global batch; each window is full
+        targets = self.task.targets(progress.step)  # of the global batch
         for number, micro_batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
             with nullcontext() if last else here.accelerator.no_sync(self.model):
-                loss, _ = self.model(micro_batch)
+                loss = self.model(micro_batch, self.task.smoothing)
                 # DDP and FSDP average gradients over the ranks; the sum is what is meant.
-                here.accelerator.backward(loss * (here.world / targets))
-            window.loss = window.loss + loss.detach()
+                here.accelerator.backward(loss.total * (here.world / targets))
+            window.loss = window.loss + loss.total.detach()
+            window.nll = window.nll + loss.nll
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -202,34 +175,31 @@ class Trainer:
     # ------------------------------------------------------------ what is said and kept
 
     def _announce(self) -> None:
-        counts, here = self.config.parameters(), self.here
+        counts, here = self.task.config.parameters(), self.here
         where = f"{launch.device_name(here.device)}, {here.world} process(es)"
         if here.device.type == "cpu":
             where += f", {torch.get_num_threads()} thread(s) each"
         begun = f"continues at step {self.progress.step}" if self.progress.step else "begins"
         if self.recipe.model.from_ is not None and not self.progress.step:
             begun += f" from {self.recipe.model.from_}"
-        epochs = self.batches.epoch(self.steps)
+        epochs = self.task.epoch(self.steps)
         self.say.sentence(
-            f"{self.run_dir} {begun}: {counts['total']:,} parameters, {self.steps:,} steps of "
-            f"{self.recipe.train.batch_tokens:,} tokens "
+            f"{self.run_dir} {begun}: {counts['total']:,} parameters, {self.steps:,} {self.task.describe()} "
             f"({epochs:.2f} epochs), {self.recipe.train.dtype}, on {where}."
         )
         self.say.sentence(self.tracker.describe())
 
     def _log(self, window: Window, now: float, left: float) -> None:
-        (loss,) = self.here.sum([window.loss])
-        loss /= window.targets
+        loss, nll = (total / window.targets for total in self.here.sum([window.loss, window.nll]))
         seconds = now - window.began
         speed = window.targets / seconds
-        flops = self.config.flops_per_token(self.batches.context)
-        mfu = speed * flops / (self.peak * self.here.world) if self.peak else None
-        split = self.data.train
+        mfu = speed * self.task.flops_per_target / (self.peak * self.here.world) if self.peak else None
+        bytes_per_target = self.task.bytes_per_target
         row = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "loss": loss,
-            "bits_per_byte": loss / math.log(2) * len(split) / split.bytes_total if split.bytes_total else None,
+            "bits_per_byte": nll / math.log(2) / bytes_per_target if bytes_per_target else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": window.norm,
             "tokens_per_second": speed,
@@ -239,59 +209,34 @@ class Trainer:
             "seconds": self.progress.seconds,
             "skipped": self.progress.skipped,
         }
+        if self.task.smoothing:
+            row["nll"] = nll
         if self.metrics is not None:
             self.metrics.log(row)
             self.tracker.log(row)
         self.say.row(row, self.steps, left)
 
     def _evaluate(self) -> None:
-        recipe, progress, tokenizer = self.recipe, self.progress, self.data.tokenizer
-        if self.data.validation is not None:
-            held = evaluate(
-                self.model if self.here.fsdp2 else self.bare,
-                self.here,
-                self.data.validation,
-                context=self.batches.context,
-                limit=recipe.eval.tokens,
-                eos_id=tokenizer.eos_id,
-                document_mask=recipe.data.document_mask,
-            )
-            self.model.train()
-            row = {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "validation_loss": held.loss,
-                "validation_bits_per_byte": held.bits_per_byte,
-            }
+        progress, here = self.progress, self.here
+        self.model.eval()
+        found = self.task.evaluate(self.model if here.fsdp2 else self.bare, here)
+        if found is not None:
+            row = {"step": progress.step, "tokens": progress.tokens, **found.row}
             if self.metrics is not None:
                 self.metrics.log(row)
                 self.tracker.log(row)
-            bits = f", {held.bits_per_byte:.4f} bits a byte" if held.bits_per_byte is not None else ""
-            best = progress.best_loss is None or held.loss < progress.best_loss
-            self.say.sentence(
-                f"step {progress.step}: held-out loss {held.loss:.4f}{bits}" + (", the best so far" if best else "")
-            )
+            best = progress.best_loss is None or found.loss < progress.best_loss
+            self.say.sentence(f"step {progress.step}: {found.says}" + (", the best so far" if best else ""))
             if best:
-                progress.best_loss, progress.best_step = held.loss, progress.step
+                progress.best_loss, progress.best_step = found.loss, progress.step
                 self._save_folder(self.run_dir / "model")
-        if self.here.main and recipe.eval.prompts and not self.here.fsdp2:
-            self._sample()
-        if self.here.main:
-            plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
-
-    def _sample(self) -> None:
-        recipe, tokenizer = self.recipe, self.data.tokenizer
-        params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=recipe.eval.sample_tokens, seed=recipe.run.seed)
-        self.bare.eval()
-        stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        # Each step of a sample has another shape: compiled blocks would be compiled again for each.
-        with torch.compiler.set_stance("force_eager") if recipe.train.compile else nullcontext():
-            outputs = generate(self.bare, self.prompts, params, stops)
+        if here.main and not here.fsdp2 and (samples := self.task.samples(self.bare)):
+            self.tracker.samples(progress.step, list(samples))
+            first = samples[0]
+            self.say.sentence(f"    {first[0]!r} -> {first[1][:200]!r}")
         self.model.train()
-        texts = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(recipe.eval.prompts, outputs, strict=True)]
-        self.tracker.samples(self.progress.step, texts)
-        first = texts[0]
-        self.say.sentence(f"    {first[0]!r} -> {first[1][:200]!r}")
+        if here.main:
+            plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
 
     def _checkpoint(self) -> None:
         checkpoint.save(
@@ -304,15 +249,7 @@ class Trainer:
         weights = checkpoint.gather(self.bare.state_dict(), self.here.main)
         if self.here.main:
             dtype = torch.bfloat16 if self.recipe.train.dtype == "bf16" else torch.float32
-            pretrained.save(
-                self.bare,
-                folder,
-                dtype=dtype,
-                tokenizer=self.data.tokenizer,
-                weights=weights,
-                extra={"README.md": card.write(self.recipe, self.config, self.data, self.run_dir, self.progress.step)},
-                **origin.kept(self.recipe, self.data.tokenizer),
-            )
+            self.task.save(self.bare, folder, weights, dtype, self.run_dir, self.progress.step)
         self.here.wait()
 
     def _finish(self) -> None:
@@ -349,30 +286,7 @@ class Window:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.waited = 0.0  # seconds without a batch
-        self.loss: Tensor | float = 0.0  # nats, this rank's
+        self.loss: Tensor | float = 0.0  # the objective in nats, this rank's
+        self.nll: Tensor | float = 0.0  # without label smoothing
         self.targets = 0  # of all ranks
         self.norm: float | None = None  # of the last update's gradient, before clipping
-
-
-def compile_blocks(model: DecoderLM) -> None:
-    """torch.compile for what stands before and after attention in a block: one compilation serves every layer."""
-    for block in model.layers:
-        assert isinstance(block, Block)
-        block.before = torch.compile(block.before)  # type: ignore[method-assign]
-        block.after = torch.compile(block.after)  # type: ignore[method-assign]
-
-
-def _prompts(recipe: Recipe, prepared: Prepared) -> list[list[int]]:
-    """eval.prompts as ids, at most half a context of each. Raises RecipeError for one that cannot be continued."""
-    context = recipe.model.context
-    prompts = [prepared.tokenizer.encode(prompt)[-max(1, context // 2) :] for prompt in recipe.eval.prompts]
-    problems = [
-        f"eval.prompts holds {text!r}; a prompt must have at least one token."
-        for text, ids in zip(recipe.eval.prompts, prompts, strict=True)
-        if not ids
-    ]
-    if prompts and context < 2:
-        problems.append(f"model.context is {context}; it must be at least 2 to continue eval.prompts.")
-    if problems:
-        raise RecipeError(problems)
-    return prompts
