@@ -3,11 +3,11 @@
 `AttentionTrace` is given to a model's calls (`start`, `step`, and those that read whole sentences) as `record=`. The
 model hands it weights as they arise; search tells it how rows were selected. It knows three kinds of attention:
 
-    encoder   source positions over source positions           (Transformer)
-    decoder   target positions over target positions, causal   (Transformer, DecoderLM: all that it reads)
-    cross     target positions over source positions           (Transformer; RNNSearch, which has one layer and one head)
+    encoder   source positions over source positions            (Transformer)
+    decoder   target positions over target positions, causal    (Transformer; DecoderLM, over all that it reads)
+    cross     target positions over source positions            (Transformer; RNNSearch: one layer, one head)
 
-`Maps` is one sentence of it: maps cut to the sentence's own lengths, with the tokens of their axes; pictures are drawn
+`Maps` is one sentence of it: maps cut to the sentence's own lengths, with the tokens of their axes. Pictures are drawn
 from that alone, and it can be saved and read again. Layers and heads are counted from 0.
 """
 
@@ -80,9 +80,9 @@ class AttentionTrace:
         """Keep weights [B, H, q, k] of one layer, and the energies that they are the softmax of, where they are wanted.
 
         Calls for the same kind and layer follow one another in time: their queries are appended, and the keys, which
-        may have become more, are padded with 0 on the right in the earlier ones. queries bool [B, q], keys bool [B, k]:
-        the real ones, None for all; `row` drops the others (padding of a batch of unequal sentences). Raises ValueError,
-        one sentence, for a head that is not there and beyond `cells`.
+        may have become more, are padded with 0 on the right in the earlier ones. queries bool [B, q] and keys bool
+        [B, k] name the real ones, None for all: `row` drops the others, the padding of a batch of unequal sentences.
+        Raises ValueError, one sentence, for a head that is not there and beyond `cells`.
         """
         if not self.wants(kind, layer):
             return
@@ -223,10 +223,7 @@ class Maps:
             "cross": (self.outputs, self.source),
         }[kind]
         _, q, k = next(iter(self.of(kind).values())).shape
-        named = [
-            (tokens if len(tokens) == n else [str(i) for i in range(n)]) for tokens, n in ((queries, q), (keys, k))
-        ]
-        return named[0], named[1]
+        return _or_numbers(queries, q), _or_numbers(keys, k)
 
     def head_numbers(self, kind: str) -> list[int]:
         """The numbers of the heads along dimension 0 of a kind's maps."""
@@ -263,3 +260,7 @@ class Maps:
             table.clear()
             table.update(ordered)
         return maps
+
+
+def _or_numbers(tokens: list[str], n: int) -> list[str]:
+    return tokens if len(tokens) == n else [str(i) for i in range(n)]
