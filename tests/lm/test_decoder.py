@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_cross_entropy_over_explicit_attention(
     model: DecoderLM, tokens: Tensor, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(tokens, documents)
-    loss, count = model(batch)
+    loss, count, _ = model(batch)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -164,14 +164,14 @@ def test_an_untrained_model_knows_nothing(config: DecoderConfig, size: dict[str,
     torch.manual_seed(0)
     model = DecoderLM(DecoderConfig(**options))
     tokens = torch.randint(model.config.vocab_size, (64, 25), generator=torch.Generator().manual_seed(4))
-    loss, count = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
+    loss, count, _ = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
     assert float(loss / count) == pytest.approx(math.log(model.config.vocab_size), abs=0.05)
 
 
 def test_bf16_autocast_trains_on_the_same_loss_within_its_precision(model: DecoderLM, tokens: Tensor) -> None:
-    exact, count = model(batch_of(tokens))
+    exact, count, _ = model(batch_of(tokens))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = model(batch_of(tokens))
+        loss, _, _ = model(batch_of(tokens))
     loss.backward()
     assert loss.dtype == torch.float32
     assert float((loss - exact).detach().abs() / count) < 0.05
@@ -180,6 +180,6 @@ def test_bf16_autocast_trains_on_the_same_loss_within_its_precision(model: Decod
 
 def test_a_model_in_bf16_runs_whole(model: DecoderLM, tokens: Tensor) -> None:
     with torch.no_grad():
-        exact, count = model(batch_of(tokens))
+        exact, count, _ = model(batch_of(tokens))
         loss, _ = model.to(torch.bfloat16)(batch_of(tokens))
     assert float((loss - exact).abs() / count) < 0.1
