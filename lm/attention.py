@@ -51,17 +51,23 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[T
     return torch.einsum("bhts,bshd->bthd", weights, v.float()).to(q.dtype), weights
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """The same through torch's fused kernels: shapes as above, mask [B or 1, T, S] or None, -> [B, T, H, D]."""
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """The same through torch's fused kernels: shapes as above, mask [B or 1, T, S] or None, -> [B, T, H, D].
+
+    dropout: the share of the weights that is left out, in training.
+    """
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # In bfloat16 the backward kernel takes three times as long as in float32 there.
         with torch.autocast("cpu", enabled=False):
-            return fused_attention(q.float(), k.float(), v.float(), mask, causal)
+            return fused_attention(q.float(), k.float(), v.float(), mask, causal, dropout)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=None if mask is None else mask.unsqueeze(1),
+        dropout_p=dropout,
         is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
