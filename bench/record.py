@@ -94,3 +94,34 @@ def save(
         middle = getattr(statistics, statistic)(values["samples"])
         print(f"{side}: {statistic} {middle:.4g} {values['unit']} of {[round(s, 4) for s in values['samples']]}")
     print(f"ratio {ratio:.3f}" if ratio is not None else "no ratio", f"-> {path.relative_to(ROOT)}")
+
+
+def save_table(
+    name: str,
+    benchmark: str,
+    command: str,
+    columns: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    *,
+    note: str | None = None,
+    **more: Any,
+) -> None:
+    """bench/results/NAME.json, a table: each row has a value (or a list of samples) for each column; docs show it with
+    `<!-- figures: table NAME -->`.
+    """
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "note": note,
+        "columns": list(columns),
+        "rows": list(rows),
+        **more,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{benchmark} -> {path.relative_to(ROOT)}")
+    for row in rows:
+        print("  " + "; ".join(f"{column} {row.get(column)}" for column in columns))

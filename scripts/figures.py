@@ -1,7 +1,8 @@
 """Writes the figures in the documentation from the raw samples in bench/results/*.json. `make figures` calls it.
 
-A block stands between `<!-- figures: KIND -->` and `<!-- /figures -->`; KIND is `summary` (a row a benchmark) or `full`
-(a table a benchmark). A test fails while a block differs from what the results say, so no figure is typed by hand.
+A block stands between `<!-- figures: KIND -->` and `<!-- /figures -->`; KIND is `summary` (a row for each benchmark that
+has two sides), `full` (a table for each of them) or `table NAME` (the rows of bench/results/NAME.json). A test fails
+while a block differs from what the results say, so no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -15,26 +16,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
-BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- figures: (\w+)(?: ([\w-]+))? -->\n).*?(<!-- /figures -->)", re.DOTALL)
 NONE = "No benchmark has been recorded yet.\n"
 
 
 def results(folder: Path = ROOT / "bench" / "results") -> list[dict[str, Any]]:
     """Every recorded result, by file name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [
+        {"name": path.stem, **json.loads(path.read_text(encoding="utf-8"))} for path in sorted(folder.glob("*.json"))
+    ]
 
 
-def render(kind: str, found: list[dict[str, Any]]) -> str:
+def render(kind: str, name: str | None, found: list[dict[str, Any]]) -> str:
     """The Markdown of one block. Raises KeyError for a kind that does not exist."""
-    if not found:
-        return NONE
-    return {"summary": _summary, "full": _full}[kind](found)
+    make = {"summary": _summary, "full": _full, "table": _table}[kind]
+    if kind == "table":
+        found = [result for result in found if result["name"] == name]
+    else:
+        found = [result for result in found if "sides" in result]
+    return make(found) if found else NONE
 
 
 def rewrite(text: str, found: list[dict[str, Any]]) -> str:
     """A page with all its blocks made anew."""
-    return BLOCK.sub(lambda match: match[1] + render(match[2], found) + match[3], text)
+    return BLOCK.sub(lambda match: match[1] + render(match[2], match[3], found) + match[4], text)
 
 
 def _summary(found: list[dict[str, Any]]) -> str:
@@ -61,6 +67,26 @@ def _full(found: list[dict[str, Any]]) -> str:
         lines += ["", "```bash", result["command"], "```", ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    (result,) = found
+    lines = [result["note"], ""] if result.get("note") else []
+    lines += [f"| {' | '.join(result['columns'])} |", f"| {' | '.join('---' for _ in result['columns'])} |"]
+    for row in result["rows"]:
+        lines.append(f"| {' | '.join(_cell(row.get(column)) for column in result['columns'])} |")
+    lines += ["", f"Machine: {result['machine']}. Date: {result['date']}.", "", "```bash", result["command"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A value of a table; of several samples their mean, and the samples."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, list):
+        samples = f" ({', '.join(_number(sample) for sample in value)})" if len(value) > 1 else ""
+        return _number(statistics.mean(value)) + samples
+    return value if isinstance(value, str) else _number(value)
 
 
 def _statistic(result: dict[str, Any]) -> str:

@@ -168,6 +168,23 @@ def test_the_figures_are_made_from_the_raw_samples() -> None:
     assert figures.rewrite(made, []).count(figures.NONE) == 2
 
 
+def test_a_table_is_made_from_its_rows() -> None:
+    figures = import_module("scripts.figures")
+    result = {
+        "name": "models",
+        "machine": "a machine",
+        "date": "2026-01-01",
+        "command": "make bench-models",
+        "columns": ["model", "BLEU", "loss"],
+        "rows": [{"model": "one", "BLEU": [40.0, 42.0], "loss": 1.25}, {"model": "two", "BLEU": [30.5]}],
+    }
+    page = "<!-- figures: table models -->\n<!-- /figures -->\n<!-- figures: table other -->\n<!-- /figures -->\n"
+    made = figures.rewrite(page, [result])
+    assert "| one | 41 (40, 42) | 1.25 |\n| two | 30.5 | n/a |\n" in made
+    assert made.count(figures.NONE) == 1
+    assert figures.rewrite(made, [result]) == made
+
+
 def requirement_names(lines: list[str]) -> list[str]:
     return [re.split(r"[<>=!;\[ ]", line)[0] for line in lines]
 
