@@ -1,7 +1,7 @@
 """Writes the figures in the documentation from the raw samples in bench/results/*.json. `make figures` calls it.
 
-A block stands between `<!-- figures: KIND -->` and `<!-- /figures -->`; KIND is `summary` (a row for each benchmark that
-has two sides), `full` (a table for each of them) or `table NAME` (the rows of bench/results/NAME.json). A test fails
+A block stands between `<!-- figures: KIND -->` and `<!-- /figures -->`; KIND is `summary` (a row for each benchmark
+with two sides), `full` (a table for each of them) or `table NAME` (the rows of bench/results/NAME.json). A test fails
 while a block differs from what the results say, so no figure is typed by hand.
 """
 
