@@ -172,6 +172,18 @@ class DecoderLM(nn.Module):
         hidden = self.hidden(tokens, positions, attend)
         return head_loss(hidden, self.output_weight, targets, self.config.softcap, smoothing)
 
+    def room(self, source_tokens: int) -> int:
+        """How many tokens can be decoded after a prompt of so many: what the context leaves.
+
+        Raises ValueError, one sentence, for a prompt that is empty or leaves nothing.
+        """
+        if source_tokens < 1:
+            raise ValueError("the prompt is empty; it must hold at least one token.")
+        if source_tokens >= self.config.context:
+            context = self.config.context
+            raise ValueError(f"the prompt has {source_tokens} tokens; it must have fewer than the context, {context}.")
+        return self.config.context - source_tokens
+
     def start(self, src: Tensor, src_mask: Tensor | None = None) -> DecoderState:
         """Read prompts: src int64 [B, T], src_mask bool [B, T] with the True cells of a row first -> a state, ready
         for `step`.

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from lm.sampling import Row, SamplingParams, Uniforms, adjust, sample
+from lm.trace import AttentionTrace
 
 
 @torch.inference_mode()
 def stream(
-    model: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, stop_ids: Collection[int] = ()
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Collection[int] = (),
+    record: AttentionTrace | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts of token ids together; yield, step by step, the (row, token) pairs that the step produced.
 
-    A row ends with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or
-    when the model's context is full; a finished row leaves the batch. Row r draws from seed + r. Raises ValueError for
-    an empty prompt or one that leaves no room.
+    What a prompt is, is the model's: an encoder-decoder reads a source and starts anew, a decoder goes on. A row ends
+    with a token of `stop_ids` or params.stop_token_ids (which is yielded too), after params.max_tokens, or when the
+    model has no room for more; a finished row leaves the batch, and the record, after the step is yielded. Row r draws
+    from seed + r. Raises ValueError for an empty prompt or one that leaves no room.
     """
-    context, device = model.config.context, next(model.parameters()).device
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} is empty; it must hold at least one token.")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; the context of {context} leaves no room to continue it."
-            )
+    rooms, device = checked(model, prompts), next(model.parameters()).device
     src, mask = pad(prompts, device)
-    state = model.start(src, mask)
+    recording = {} if record is None else {"record": record}
+    state = model.start(src, mask, **recording)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else stop_ids)}
     live = list(range(len(prompts)))
     rows = [Row(params, prompt, []) for prompt in prompts]
@@ -40,7 +40,7 @@ def stream(
         one.output = output
     tokens = state.first
     while live:
-        logits, state = model.step(tokens.unsqueeze(1), state)
+        logits, state = model.step(tokens.unsqueeze(1), state, **recording)
         logits = adjust(logits[:, -1].float(), [rows[r] for r in live], stop_ids)
         tokens = sample(logits, [params] * len(live), [uniforms[r][len(outputs[r])] for r in live])
         produced = list(zip(live, tokens.tolist(), strict=True))
@@ -48,13 +48,15 @@ def stream(
         for position, (row, token) in enumerate(produced):
             outputs[row].append(token)
             length = len(outputs[row])
-            full = len(prompts[row]) + length >= context
+            full = length >= rooms[row]
             if token not in ends and not full and (params.max_tokens is None or length < params.max_tokens):
                 going.append(position)
         yield produced
         if len(going) < len(live):
             index = torch.tensor(going, dtype=torch.int64, device=device)
             state, tokens = state.select(index), tokens[index]
+            if record is not None:
+                record.select(index)
             live = [live[position] for position in going]
 
 
@@ -67,6 +69,17 @@ def generate(
         for row, token in produced:
             outputs[row].append(token)
     return outputs
+
+
+def checked(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens the model has room for after each prompt, 1 at least. Raises ValueError, naming the prompt."""
+    rooms = []
+    for row, prompt in enumerate(prompts):
+        try:
+            rooms.append(model.room(len(prompt)))
+        except ValueError as error:
+            raise ValueError(f"prompt {row}: {error}") from None
+    return rooms
 
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
