@@ -50,7 +50,7 @@ class ConfigError(ValueError):
 
 
 def wrong_types(config: Any) -> list[str]:
-    """A sentence for each field of a config dataclass whose value is not of the type that the field is declared with."""
+    """A sentence for each field of a config dataclass whose value is not of the declared type."""
     wanted: dict[str, tuple[type, ...]] = {
         "int": (int,),
         "int | None": (int, type(None)),
@@ -117,6 +117,9 @@ class DecoderConfig:
     bias: bool | str = False  # BIASES: none (false), qkv, attention, mlp, or all (true); never on the output head
     softcap: float | None = None  # logits = softcap * tanh(logits / softcap)
     dropout: float = 0.0  # on the embedding and on each sub-layer's output, while training
+    prefix: bool = (
+        False  # a source (a prompt but for its last token) is visible as a whole, not from the left (lm.prefix)
+    )
 
     def __post_init__(self) -> None:
         problems = wrong_types(self) or self._wrong_values()
@@ -248,6 +251,8 @@ class DecoderConfig:
             problems.append(f"window_pattern is {self.window_pattern!r}; its S layers need window, in tokens.")
         if self.window is not None and not slides:
             problems.append(f"window is {self.window!r}; window_pattern must name the layers that slide with an S.")
+        if self.prefix and slides:
+            problems.append(f"prefix is {self.prefix!r}; a visible prefix needs layers without a window.")
         return problems
 
     def _wrong_scaling(self) -> list[str]:

@@ -26,7 +26,9 @@ from lm.layers import MLP, RMSNorm, make_norm
 from lm.linear import Linear, linear
 from lm.loss import Loss, head_loss
 from lm.positions import rotary_table, rotate, sinusoidal_table
+from lm.prefix import PrefixAttend, join
 from lm.state import CacheAttend, DecoderState
+from lm.trace import AttentionTrace
 
 
 class Attention(nn.Module):
@@ -82,6 +84,7 @@ class Block(nn.Module):
 class DecoderLM(nn.Module):
     """See the module's docstring. Made with random weights (`initialise`), in fp32."""
 
+    encoder_decoder = False
     positions: Tensor | None
 
     def __init__(self, config: DecoderConfig):
@@ -163,32 +166,49 @@ class DecoderLM(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Loss:
         """Next-token loss over the targets, with label smoothing where it is asked for.
 
-        batch: tokens int64 [B, T]; targets int64 [B, T], already shifted, lm.loss.IGNORE where nothing is asked;
-        documents int [B, T] (optional), to keep attention inside a document.
+        batch, for language modelling: tokens int64 [B, T]; targets int64 [B, T], already shifted, lm.loss.IGNORE where
+        nothing is asked; documents int [B, T] (optional), to keep attention inside a document. For translation: src
+        int64 [B, S], src_mask bool [B, S], tgt_input and tgt_output int64 [B, T], which lm.prefix joins; only targets
+        are asked for. Raises ValueError where source and target together are longer than the context.
         """
-        tokens, targets = batch["tokens"], batch["targets"]
+        attend: Attend
+        if "src" in batch:
+            tokens, targets, prefix = join(batch)
+            if tokens.shape[1] > self.config.context:
+                raise ValueError(
+                    f"a source and its target have {tokens.shape[1]} tokens; the model's context is "
+                    f"{self.config.context}."
+                )
+            if self.config.prefix:
+                attend = PrefixAttend(prefix, tokens.shape[1])
+            else:
+                attend = CausalAttend(self.config.windows())
+        else:
+            tokens, targets = batch["tokens"], batch["targets"]
+            attend = CausalAttend(self.config.windows(), batch.get("documents"))
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        attend = CausalAttend(self.config.windows(), batch.get("documents"))
         hidden = self.hidden(tokens, positions, attend)
         return head_loss(hidden, self.output_weight, targets, self.config.softcap, smoothing)
 
     def room(self, source_tokens: int) -> int:
-        """How many tokens can be decoded after a prompt of so many: what the context leaves.
-
-        Raises ValueError, one sentence, for a prompt that is empty or leaves nothing.
+        """How many tokens can be decoded after a prompt of so many. Raises ValueError, one sentence, for a prompt that
+        is empty or leaves no room.
         """
         if source_tokens < 1:
             raise ValueError("the prompt is empty; it must hold at least one token.")
         if source_tokens >= self.config.context:
-            context = self.config.context
-            raise ValueError(f"the prompt has {source_tokens} tokens; it must have fewer than the context, {context}.")
+            raise ValueError(
+                f"the prompt has {source_tokens} tokens; the model's context of {self.config.context} leaves no room "
+                "to continue it."
+            )
         return self.config.context - source_tokens
 
-    def start(self, src: Tensor, src_mask: Tensor | None = None) -> DecoderState:
+    def start(self, src: Tensor, src_mask: Tensor | None = None, record: AttentionTrace | None = None) -> DecoderState:
         """Read prompts: src int64 [B, T], src_mask bool [B, T] with the True cells of a row first -> a state, ready
         for `step`.
 
-        All but the last token of each row are computed; that one is `state.first`, to be given to the first `step`.
+        All but the last token of each row are computed, and see each other all with config.prefix; that one is
+        `state.first`, to be given to the first `step`.
         """
         if src_mask is None:
             src_mask = torch.ones_like(src, dtype=torch.bool)
@@ -198,20 +218,31 @@ class DecoderLM(nn.Module):
         first = src.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
         state = DecoderState.empty(self.config, len(src), first, self.embed_tokens.weight.dtype)
         if src.shape[1] > 1:
-            self._advance(src[:, :-1], state)
+            real = torch.arange(src.shape[1] - 1, device=src.device) < (lengths - 1).unsqueeze(1)
+            self._advance(src[:, :-1], state, real, lengths - 1 if self.config.prefix else None, record)
         state.lengths = lengths - 1
         return state
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+    def step(
+        self, tokens: Tensor, state: DecoderState, record: AttentionTrace | None = None
+    ) -> tuple[Tensor, DecoderState]:
         """The next t tokens of every row, int64 [B, t] -> logits [B, t, vocab] for what follows each, and the state
         after them.
         """
-        hidden = self._advance(tokens, state)
+        hidden = self._advance(tokens, state, record=record)
         return self.logits(hidden), state
 
-    def _advance(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def _advance(
+        self,
+        tokens: Tensor,
+        state: DecoderState,
+        real: Tensor | None = None,
+        prefix: Tensor | None = None,
+        record: AttentionTrace | None = None,
+    ) -> Tensor:
         state.reserve(tokens.shape[1])
         positions = state.lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.hidden(tokens, positions, CacheAttend(self.config.windows(), state, positions))
+        attend = CacheAttend(self.config.windows(), state, positions, real, prefix, record)
+        hidden = self.hidden(tokens, positions, attend)
         state.lengths = state.lengths + tokens.shape[1]
         return hidden

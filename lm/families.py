@@ -87,6 +87,7 @@ def _is_relative(config: DecoderConfig, kind: _Relative) -> bool:
     return (
         (config.positions, config.norm, config.activation) == ("rotary", "rms", "swiglu")
         and config.softcap is None
+        and not config.prefix
         and config.qk_norm == kind.qk_norm
         and config.bias in kind.biases
         and (not any(slides) or kind.windows == "any" or (kind.windows == "all" and all(slides)))
@@ -239,6 +240,7 @@ def _is_gpt2(config: DecoderConfig) -> bool:
         and config.activation in _GPT2_ACTIVATIONS.values()
         and config.bias == "all"
         and not config.qk_norm
+        and not config.prefix
         and not any(config.windows())
         and config.softcap is None
         and config.kv == config.heads

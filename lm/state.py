@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm.attention import fused_attention, may_attend
+from lm.attention import explicit_attention, fused_attention, may_attend
 from lm.config import DecoderConfig
+from lm.prefix import sees_prefix
+from lm.trace import AttentionTrace
 
 
 @dataclass
@@ -75,13 +77,25 @@ def _longer(tensor: Tensor, cells: int) -> Tensor:
 
 
 class CacheAttend:
-    """The policy of `step`: write the new keys and values into the cache, attend to all that a row then holds.
+    """The policy of `step` and `start`: write the new keys and values into the cache, attend to all that a row then
+    holds.
 
-    positions int64 [B, t] are those of the new tokens; the state's lengths are still the old ones.
+    positions int64 [B, t] are those of the new tokens; the state's lengths are still the old ones. real bool [B, t]:
+    the new tokens that are no padding, None for all. prefix int64 [B]: how many cells every query of a row may see,
+    later ones too (lm.prefix). Weights go into `record`, where it wants them.
     """
 
-    def __init__(self, windows: Sequence[int | None], state: DecoderState, positions: Tensor):
-        self.windows, self.state, self.positions = windows, state, positions
+    def __init__(
+        self,
+        windows: Sequence[int | None],
+        state: DecoderState,
+        positions: Tensor,
+        real: Tensor | None = None,
+        prefix: Tensor | None = None,
+        record: AttentionTrace | None = None,
+    ):
+        self.windows, self.state, self.positions, self.prefix = windows, state, positions, prefix
+        self.real, self.record = real, record
         self.rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
         self.span = int(positions.max()) + 1 if positions.numel() else 0
         self.masks: dict[int | None, Tensor] = {}
@@ -90,7 +104,17 @@ class CacheAttend:
         keys, values = self.state.keys[layer], self.state.values[layer]
         keys[self.rows, self.positions] = k
         values[self.rows, self.positions] = v
+        keys, values = keys[:, : self.span], values[:, : self.span]
         window = self.windows[layer]
         if window not in self.masks:
-            self.masks[window] = may_attend(self.positions, torch.arange(self.span, device=q.device), window)
-        return fused_attention(q, keys[:, : self.span], values[:, : self.span], self.masks[window])
+            mask = may_attend(self.positions, torch.arange(self.span, device=q.device), window)
+            self.masks[window] = mask if self.prefix is None else sees_prefix(mask, self.prefix)
+        mask = self.masks[window]
+        if self.record is None or not self.record.wants("decoder", layer):
+            return fused_attention(q, keys, values, mask)
+        mixed, weights = explicit_attention(q, keys, values, mask)
+        real = torch.ones_like(self.positions, dtype=torch.bool) if self.real is None else self.real
+        held = self.state.lengths + real.sum(dim=1)
+        cells = torch.arange(self.span, device=q.device) < held.unsqueeze(1)
+        self.record.add("decoder", layer, weights, queries=real, keys=cells)
+        return mixed

@@ -4,9 +4,9 @@ Each sub-layer is a residual one, normed after the sum (section 3.1, "post-norm"
 
     x = LayerNorm(x + Dropout(Sublayer(x)))
 
-An encoder layer has two sub-layers, self-attention and an MLP; a decoder layer has three: self-attention over the target
-so far, attention over what the encoder made of the source (`memory`), and an MLP. Most later code norms before the
-sub-layer; that is `norm: pre`, never the default.
+An encoder layer has two sub-layers, self-attention and an MLP; a decoder layer has three: self-attention over the
+target so far, attention over what the encoder made of the source (`memory`), and an MLP. Most later code norms before
+the sub-layer; that is `norm: pre`, never the default.
 
 One forward of each stack serves every use. The decoder's layers know no batch, cache or mask: a `Look` does, of which
 there are two, `WholeTarget` here (training and forced targets) and `Cached` in lm/transformer_state.py (decoding).
@@ -204,9 +204,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.width
-        )  # of the target, and of all that is tied to it
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)  # the target's, and what is tied to it
         if config.tie_embeddings != "all":
             self.embed_source = nn.Embedding(config.vocab_size, config.width)
         if config.tie_embeddings == "none":
@@ -279,7 +277,7 @@ class Transformer(nn.Module):
         return self.encoder.norm(x) if self.config.norm == "pre" else x
 
     def decode(self, tokens: Tensor, positions: Tensor, look: Look) -> Tensor:
-        """Tokens int64 [B, T] that stand at `positions` int64 [B or nothing, T] -> [B, T, width], ready for `logits`."""
+        """Tokens int64 [B, T] at `positions` int64 [B or nothing, T] -> [B, T, width], ready for `logits`."""
         x = self.embed_tgt(tokens, positions)
         for layer in self.decoder.layers:
             if self.recompute and torch.is_grad_enabled():

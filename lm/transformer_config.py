@@ -34,8 +34,8 @@ class TransformerConfig:
     value_dim: int | None = None  # d_v, of a head's values; width / heads where it is left out
     mlp_width: int = 2048  # d_ff
     activation: str = "relu"
-    # post: LayerNorm(x + Dropout(Sublayer(x))), as printed in section 3.1. pre: x + Dropout(Sublayer(LayerNorm(x))), with
-    # a norm after each stack, as most code has had it since.
+    # post: LayerNorm(x + Dropout(Sublayer(x))), as printed in section 3.1. pre: x + Dropout(Sublayer(LayerNorm(x))),
+    # with a norm after each stack, as most code has had it since.
     norm: str = "post"
     norm_eps: float = 1e-5  # not printed
     positions: str = "sinusoidal"  # section 3.5; learned is table 3 (E)

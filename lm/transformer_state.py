@@ -65,8 +65,8 @@ class TransformerState:
 
     memory: of M sources; every one has R / M rows, which stand beside each other (the hypotheses of a beam): they
     attend to one copy of it, together. keys [layers, R, H, cells, d_k] and values [layers, R, H, cells, d_v]: the
-    target's cache, row r's in cells 0 ... lengths[r] - 1; lengths int64 [R]. first int64 [R] is the token that the first
-    `step` is to be given. Cells beyond a row's length hold nothing of meaning and are never attended to.
+    target's cache, row r's in cells 0 ... lengths[r] - 1; lengths int64 [R]. first int64 [R] is the token that the
+    first `step` is to be given. Cells beyond a row's length hold nothing of meaning and are never attended to.
     """
 
     memory: Memory

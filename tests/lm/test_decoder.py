@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_dropout_is_off_outside_training(make: Make, tokens: Tensor) -> None:
 @torch.no_grad()
 def test_an_untrained_model_knows_nothing(config: DecoderConfig, size: dict[str, int]) -> None:
     """Its loss is that of a guess, ln(vocabulary), within 0.05 nats on tokens without any order."""
-    options = {name: getattr(config, name) for name in config.__dataclass_fields__} | size
+    options = {field.name: getattr(config, field.name) for field in fields(config)} | size
     if size:
         options |= {"head_dim": None, "mlp_width": None}
     torch.manual_seed(0)
