@@ -35,6 +35,12 @@ def head_loss(
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     device = hidden.device.type
+    if device == "cpu" and not torch.compiler.is_compiling():
+        # The head is most of a small model's work, and padding and sources need none. (A GPU would have to be waited for.)
+        asked = targets != IGNORE
+        if not bool(asked.all()):
+            rows = asked.nonzero().squeeze(1)
+            hidden, targets = hidden.index_select(0, rows), targets[rows]
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -15,8 +15,8 @@ there are two, `WholeTarget` here (training and forced targets) and `Cached` in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,14 +164,14 @@ class DecoderLayer(nn.Module):
 class WholeTarget:
     """A whole target at once: position t sees targets 0 ... t, and all of the source."""
 
-    def __init__(self, layers: nn.ModuleList, memory: Tensor, mask: Tensor | None, dropout: float):
+    def __init__(self, layers: Sequence[DecoderLayer], memory: Tensor, mask: Tensor | None, dropout: float):
         self.layers, self.memory, self.mask, self.dropout = layers, memory, mask, dropout
 
     def target(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused_attention(q, k, v, None, causal=True, dropout=self.dropout)
 
     def source(self, layer: int, q: Tensor) -> Tensor:
-        k, v = self.layers[layer].cross_attn.keys_values(self.memory)  # type: ignore[union-attr,operator]
+        k, v = self.layers[layer].cross_attn.keys_values(self.memory)
         return fused_attention(q, k, v, self.mask, dropout=self.dropout)
 
 
@@ -241,6 +241,10 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.decoder.layers))
+
+    @property
     def output_weight(self) -> Tensor:
         """[vocab, width]: the target's embedding itself where it is tied."""
         return self.lm_head.weight if self.config.tie_embeddings == "none" else self.embed_tokens.weight
@@ -299,7 +303,7 @@ class Transformer(nn.Module):
         mask = attendable(batch["src_mask"])
         memory = self.encode(batch["src"], mask)
         dropout = self.config.attention_dropout if self.training else 0.0
-        look = WholeTarget(self.decoder.layers, memory, mask, dropout)
+        look = WholeTarget(self.decoder_layers, memory, mask, dropout)
         tgt = batch["tgt_input"]
         hidden = self.decode(tgt, torch.arange(tgt.shape[1], device=tgt.device), look)
         return head_loss(hidden, self.output_weight, batch["tgt_output"], None, smoothing)
@@ -330,7 +334,7 @@ class Transformer(nn.Module):
         src = src[:, :longest]
         mask = attendable(None if src_mask is None else src_mask[:, :longest], look=True)
         memory = self.encode(src, mask, record)
-        pairs = [layer.cross_attn.keys_values(memory) for layer in self.decoder.layers]
+        pairs = [layer.cross_attn.keys_values(memory) for layer in self.decoder_layers]
         return TransformerState.begin(self.config, pairs, lengths.to(src.device))
 
     def step(

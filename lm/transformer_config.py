@@ -114,8 +114,8 @@ class TransformerConfig:
             size = getattr(self, name)
             check(size is None or size >= 1, name, "it must be at least 1, or left out")
         options = {"activation": ACTIVATIONS, "norm": NORMS, "positions": POSITIONS, "tie_embeddings": TIES}
-        for name, right in options.items():
-            check(getattr(self, name) in right, name, f"it must be one of {', '.join(right)}")
+        for name, known in options.items():
+            check(getattr(self, name) in known, name, f"it must be one of {', '.join(known)}")
         check(self.context <= MOST_CONTEXT, "context", f"it must be at most {MOST_CONTEXT}")
         check(0 < self.norm_eps < 1, "norm_eps", "it must lie between 0 and 1")
         for name in ("dropout", "attention_dropout"):
