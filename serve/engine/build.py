@@ -6,17 +6,17 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from lm import pretrained
-from lm.config import DecoderConfig
 from lm.linear import bf16_is_fast
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
-from serve.engine.engine import Engine
+from serve.engine import rows
+from serve.engine.engine import Engine, in_rows
 from serve.engine.messages import Add, EngineConfig, Ready
 from serve.engine.pages import Pages
 
@@ -27,9 +27,8 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-FREE_SHARE = (
-    0.4  # of the memory that is free when the weights are loaded, the most that the cache takes unless told otherwise
-)
+# Of the memory that is free when the weights are loaded, the most that the cache takes unless told otherwise.
+FREE_SHARE = 0.4
 
 
 class SetupError(ValueError):
@@ -51,37 +50,40 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
     except (MemoryError, torch.OutOfMemoryError):
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
     loaded = time.perf_counter()
-    max_model_len, blocks, cache_note = size_cache(model.config, config, dtype, device)
+    per_block = bytes_per_block(model, config.block_size, dtype)
+    size = size_cache(model.config.context, per_block, config, device, sides=2 if model.encoder_decoder else 1)
+    budget, budget_note = step_budget(size.max_model_len, config, whole=in_rows(model))
     eos = eos_token_ids(config.folder, tokenizer, model.config.vocab_size)
     engine = Engine(
         model,
         tokenizer,
         eos=eos,
-        max_model_len=max_model_len,
+        max_model_len=size.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        blocks=blocks,
+        max_num_batched_tokens=budget,
+        blocks=size.blocks,
         block_size=config.block_size,
         seed=config.seed,
     )
     sized = time.perf_counter()
     first_token(engine)
-    per_block = Pages.bytes_per_block(
-        layers=model.config.layers, kv_heads=model.config.kv, dim=model.config.dim, size=config.block_size, dtype=dtype
-    )
     return engine, Ready(
         vocab_size=model.config.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=size.max_model_len,
+        max_num_batched_tokens=budget,
+        max_num_seqs=config.max_num_seqs,
+        encoder_decoder=model.encoder_decoder,
+        source=engine.runner.source,
         eos_token_ids=eos,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         parameters=sum(p.numel() for p in model.parameters()),
-        blocks=blocks,
+        blocks=size.blocks,
         block_size=config.block_size,
-        cache_bytes=blocks * per_block,
+        cache_bytes=size.blocks * per_block,
         threads=threads,
         seconds={"load": loaded - begin, "cache": sized - loaded, "first_token": time.perf_counter() - sized},
-        note=" ".join(sentence for sentence in (note, cache_note) if sentence) or None,
+        note=" ".join(sentence for sentence in (note, size.note, budget_note) if sentence) or None,
     )
 
 
@@ -113,20 +115,33 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     return own, None
 
 
-def size_cache(
-    shape: DecoderConfig, config: EngineConfig, dtype: torch.dtype, device: str
-) -> tuple[int, int, str | None]:
-    """(max_model_len, blocks, a sentence or None): the cache that was asked for, or what the free memory allows.
+def bytes_per_block(model: Any, size: int, dtype: torch.dtype) -> int:
+    """What `size` tokens of a sequence take: in pages, or in a row and while a row is copied, as others come and go."""
+    config = model.config
+    if in_rows(model):
+        return 2 * size * rows.bytes_per_token(model, config.context)
+    return Pages.bytes_per_block(layers=config.layers, kv_heads=config.kv, dim=config.dim, size=size, dtype=dtype)
 
-    A single sequence of max_model_len tokens always fits. Where it does not, a length that was asked for is refused
-    with what would do, and one that was not is shortened.
+
+class CacheSize(NamedTuple):
+    """The longest sequence, the blocks (with the null block), and a sentence where one might have expected more."""
+
+    max_model_len: int
+    blocks: int
+    note: str | None
+
+
+def size_cache(context: int, per_block: int, config: EngineConfig, device: str, *, sides: int = 1) -> CacheSize:
+    """The cache that was asked for, or what the free memory allows, in blocks of `per_block` bytes.
+
+    A single sequence of max_model_len tokens always fits (`sides` is 2 for a source and a target of that length).
+    Where it does not, a length that was asked for is refused with what would do, and one that was not is shortened.
     """
-    longest = config.max_model_len or shape.context
-    if longest > shape.context:
-        raise SetupError(f"--max-model-len is {longest}; the model was made for {shape.context} tokens at most.")
+    longest = config.max_model_len or context
+    if longest > context:
+        raise SetupError(f"--max-model-len is {longest}; the model was made for {context} tokens at most.")
     size = config.block_size
-    per_block = Pages.bytes_per_block(layers=shape.layers, kv_heads=shape.kv, dim=shape.dim, size=size, dtype=dtype)
-    alone = -(-longest // size)
+    alone = -(-sides * longest // size)
     if config.kv_cache_memory_bytes is not None:
         available, source = config.kv_cache_memory_bytes, f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}"
     else:
@@ -134,16 +149,25 @@ def size_cache(
     fits = available // per_block - 1  # one block is the null block
     blocks = min(fits, alone * config.max_num_seqs)
     if blocks >= alone:
-        return longest, blocks + 1, None
-    if config.max_model_len is not None or blocks < 1:
+        return CacheSize(longest, blocks + 1, None)
+    shorter = max(fits, 0) * size // sides
+    if config.max_model_len is not None or shorter < 1:
         needed = (alone + 1) * per_block
-        shorter = f", or --max-model-len {fits * size}" if fits >= 1 else ""
+        instead = f", or --max-model-len {shorter}" if shorter >= 1 else ""
         raise SetupError(
             f"A sequence of {longest} tokens needs a cache of {needed} bytes and {source} allows {available}: "
-            f"pass --kv-cache-memory-bytes {needed}{shorter}."
+            f"pass --kv-cache-memory-bytes {needed}{instead}."
         )
-    note = f"max_model_len is {blocks * size} and not the model's {longest}: {source} holds no more."
-    return blocks * size, blocks + 1, note
+    note = f"max_model_len is {shorter} and not the model's {longest}: {source} holds no more."
+    return CacheSize(shorter, blocks + 1, note)
+
+
+def step_budget(max_model_len: int, config: EngineConfig, *, whole: bool) -> tuple[int, str | None]:
+    """--max-num-batched-tokens, but never less than the longest source where sources are computed whole."""
+    asked = config.max_num_batched_tokens
+    if not whole or asked >= max_model_len:
+        return asked, None
+    return max_model_len, f"max_num_batched_tokens is {max_model_len} and not {asked}: a source is read in one step."
 
 
 def free_bytes(device: str) -> int:

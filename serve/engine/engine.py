@@ -1,7 +1,8 @@
 """The loop: add, abort, step. Synchronous, no HTTP, no processes: `process` and `llm` put those around it.
 
-One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops. A request
-that fails ends with finish_reason "error" and a sentence, and frees what it held; the others do not notice.
+One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops; and one step
+of each beam search. A request that fails ends with finish_reason "error" and a sentence, and frees what it held; the
+others do not notice.
 """
 
 from __future__ import annotations
@@ -9,34 +10,40 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm.decoder import DecoderLM
+from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine import sampler
+from serve.engine.beams import NOT_A_NUMBER, Beams
 from serve.engine.blocks import BlockManager
 from serve.engine.detokenizer import Detokenizer, Match, StopStrings
-from serve.engine.messages import Add, Output, Stats, Step, Timings, TokenLogprobs
+from serve.engine.messages import Add, AddBeam, Output, Stats, Step, Timings, TokenLogprobs
 from serve.engine.pages import Pages
-from serve.engine.requests import Request, Status
-from serve.engine.runner import PagedRunner
+from serve.engine.requests import BeamRequest, Request, Status, beam_tokens
+from serve.engine.rows import RowsRunner
+from serve.engine.runner import PagedRunner, Runner
 from serve.engine.scheduler import Scheduler, Share
 
-NOT_A_NUMBER = "The model's output for this request is not a number; its weights or this prompt make it overflow."
+
+def in_rows(model: Any) -> bool:
+    """Whether a model reads its prompt as a whole, so that pages, which take it in chunks, are not for it."""
+    return model.encoder_decoder or model.config.prefix
 
 
 class Engine:
-    """Continues token sequences with one decoder.
+    """Continues token sequences, or translates them, with one model of lm's (the decoding interface is all it knows).
 
-    `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together; `blocks` are counted with
-    the null block.
+    `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together, of an encoder-decoder
+    each; `blocks` are counted with the null block.
     """
 
     def __init__(
         self,
-        model: DecoderLM,
+        model: Any,
         tokenizer: Tokenizer,
         *,
         eos: Sequence[int] = (),
@@ -47,25 +54,19 @@ class Engine:
         block_size: int = 16,
         seed: int = 0,
     ) -> None:
-        config = model.config
-        weight = next(model.parameters())
         self.tokenizer = tokenizer
         self.eos = tuple(eos)
-        self.max_model_len = max_model_len or config.context
+        self.vocab_size: int = model.config.vocab_size
+        self.encoder_decoder: bool = model.encoder_decoder
+        self.max_model_len = max_model_len or model.config.context
         self.blocks = BlockManager(blocks, block_size)
         self.scheduler = Scheduler(
             self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self.pages = Pages(
-            layers=config.layers,
-            kv_heads=config.kv,
-            dim=config.dim,
-            blocks=blocks,
-            size=block_size,
-            dtype=weight.dtype,
-            device=weight.device,
+        self.runner: Runner = (
+            RowsRunner(model) if in_rows(model) else PagedRunner(model, Pages.of(model, blocks=blocks, size=block_size))
         )
-        self.runner = PagedRunner(model, self.pages)
+        self.beams = Beams(model, self.eos)
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []  # between steps: refused on arrival
         self._seeds = random.Random(seed)
@@ -74,43 +75,103 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._ended)
 
-    def add(self, message: Add) -> None:
-        """Queues a sequence. What cannot be ends at once, with an error in the next step's outputs; it never raises."""
-        params = message.params
-        request = Request(
-            id=message.id, prompt=message.prompt, params=params, generate=message.generate, arrival=message.arrival
-        )
+    def add(self, message: Add | AddBeam) -> None:
+        """Queues a request. What cannot be ends at once, with an error in the next step's outputs; it never raises."""
+        ids = message.ids if isinstance(message, AddBeam) else [message.id]
         try:
-            self._check(request)
-            seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-            request.draw = sampler.prepare(request, seed, self.eos)
-            request.detokenizer = Detokenizer(
-                self.tokenizer.inner, message.prompt, skip_special_tokens=params.skip_special_tokens
-            )
-            request.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
-            if params.prompt_logprobs is not None:
-                request.prompt_logprobs = [None]  # nothing comes before the first token
+            for id in ids:
+                if id in self._requests:
+                    raise ValueError(f"a request with the id {id!r} is already running.")
+            request = self._beam(message) if isinstance(message, AddBeam) else self._sequence(message)
         except (ValueError, TypeError, OverflowError) as error:
-            self._ended.append(Output(id=message.id, finish_reason="error", error=str(error)))
+            self._ended += [Output(id=id, finish_reason="error", error=str(error)) for id in ids]
             return
-        self._requests[request.id] = request
+        self._requests |= dict.fromkeys(ids, request)
         self.scheduler.add(request)
 
-    def _check(self, request: Request) -> None:
-        if request.id in self._requests:
-            raise ValueError(f"a request with the id {request.id!r} is already running.")
-        new = (request.params.max_tokens or 1) if request.generate else 0
-        if not request.prompt or len(request.prompt) + new > self.max_model_len:
+    def _sequence(self, message: Add) -> Request:
+        """Raises ValueError for what cannot be carried out."""
+        prompt, params = message.prompt, message.params
+        request = Request(
+            id=message.id,
+            prompt=prompt,
+            params=params,
+            generate=message.generate,
+            arrival=message.arrival,
+            limit=self._limit(len(prompt), params.max_tokens if message.generate else 0),
+            whole=len(prompt) if self.runner.source else 0,
+        )
+        self._check(request)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        # What is generated goes on after a decoder's prompt; a translation goes on after nothing.
+        before = [] if self.encoder_decoder else prompt
+        request.draw = sampler.prepare(request, before, seed, self.eos)
+        request.detokenizer = Detokenizer(self.tokenizer.inner, before, skip_special_tokens=params.skip_special_tokens)
+        request.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        if params.prompt_logprobs is not None:
+            if self.runner.source:
+                raise ValueError("the model reads a source, whose tokens have no probabilities.")
+            request.prompt_logprobs = [None]  # nothing comes before the first token
+        return request
+
+    def _beam(self, message: AddBeam) -> BeamRequest:
+        """Raises ValueError for what cannot be carried out."""
+        prompt, params = message.prompt, message.params
+        if 2 * params.beam_width > self.vocab_size:
+            raise ValueError(f"beam_width is {params.beam_width}; it may be half of the vocabulary, {self.vocab_size}.")
+        limit = self._limit(len(prompt), params.max_tokens)
+        request = BeamRequest(
+            id=message.ids[0],
+            ids=message.ids,
+            prompt=prompt,
+            params=SamplingParams(),
+            beam=params,
+            arrival=message.arrival,
+            limit=limit,
+            whole=len(prompt),
+            width=params.beam_width,
+            reserve=beam_tokens(len(prompt), limit, params),
+        )
+        self._check(request)
+        return request
+
+    def _limit(self, prompt: int, wanted: int | None) -> int:
+        """How many tokens may be generated after a prompt of so many: as many as wanted, None for all there is room for.
+
+        Raises ValueError for a prompt that is empty or too long, and for more than there is room for.
+        """
+        room = self.max_model_len - (0 if self.encoder_decoder else prompt)
+        limit = max(room, 1) if wanted is None else wanted
+        if not 1 <= prompt <= self.max_model_len or limit > room:
             raise ValueError(
-                f"{len(request.prompt)} tokens of prompt and {new} more do not make between 1 and {self.max_model_len}."
+                f"{prompt} tokens of prompt and {limit} more are too many, or none; max_model_len is "
+                f"{self.max_model_len}{', for each' if self.encoder_decoder else ''}."
             )
+        return limit
+
+    def _check(self, request: Request) -> None:
+        """Raises ValueError for what the scheduler could never admit."""
+        scheduler = self.scheduler
+        needed = max(len(request.prompt) + max(request.limit - 1, 0), request.reserve)
+        for what, much, most in (
+            ("tokens in the cache", needed, self.blocks.capacity),
+            ("tokens in one step", max(request.whole, request.width), scheduler.budget),
+            ("sequences at once", request.width, scheduler.seats),
+        ):
+            if much > most:
+                raise ValueError(f"the request needs {much} {what}; there is room for {most}.")
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forgets sequences, and frees what they hold at once; ids that are not known are passed over."""
+        """Forgets requests, and frees what they hold at once; ids that are not known are passed over."""
         for id in ids:
-            request = self._requests.pop(id, None)
+            request = self._requests.get(id)
             if request is not None:
-                self.scheduler.finish(request)
+                self._forget(request)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self.runner.tidy()
+        self.beams.tidy()
 
     @torch.inference_mode()
     def step(self) -> Step:
@@ -121,12 +182,19 @@ class Engine:
         stats = Stats()
         if shares:
             self._note_first_share(shares)
-            stats.tokens = sum(share.length for share in shares)
+            stats.tokens = sum(share.length * (share.request.width if share.start else 1) for share in shares)
             stats.prompt_tokens = sum(max(0, min(len(r.prompt) - start, count)) for r, start, count in shares)
+            searched = [share for share in shares if isinstance(share.request, BeamRequest)]
+            plain = [share for share in shares if share not in searched] if searched else shares
+            stepped: list[Output] = []
             try:
-                stepped = self._advance(shares)
+                if plain:
+                    stepped += self._advance(plain)
             except Exception as error:
-                stepped = [self._fail(share.request, _sentence(error)) for share in shares]
+                stepped += [self._fail(share.request, _sentence(error)) for share in plain]
+            for share in searched:
+                stepped += self._search(share)
+            self._tidy()
             outputs += stepped
             stats.generated = sum(len(output.tokens) for output in stepped)
         stats.preemptions = self.scheduler.preemptions - preemptions
@@ -155,7 +223,6 @@ class Engine:
         going: list[int] = []  # rows of the logits that a token is drawn from
         for row, share in enumerate(forward.shares):
             if not forward.sound[row]:
-                self.pages.clear(share.request.table)
                 outputs.append(self._fail(share.request, NOT_A_NUMBER))
             elif share.request.generate:
                 going.append(row)
@@ -172,6 +239,23 @@ class Engine:
                 outputs.append(self._append(request, token, logprobs))
             except Exception as error:  # of this request's own text or stops: it fails alone
                 outputs.append(self._fail(request, _sentence(error)))
+        return outputs
+
+    def _search(self, share: Share) -> list[Output]:
+        """One step of a beam search. The last gives its sequences, best first."""
+        request = share.request
+        assert isinstance(request, BeamRequest)
+        try:
+            found = self.beams.advance(share)
+            self.scheduler.computed(share)
+            if found is None:
+                return []
+            outputs = self.beams.outputs(request, found, self.tokenizer)
+        except Exception as error:
+            sentence = _sentence(error)
+            self._fail(request, sentence)
+            return [Output(id=id, finish_reason="error", error=sentence) for id in request.ids]
+        self._forget(request)
         return outputs
 
     def _note_prompt(self, request: Request, start: int, logits: Tensor) -> None:
@@ -217,7 +301,7 @@ class Engine:
             output.text = passed.text
             return self._end(request, "stop", output, stop_reason=passed.stop, flush=False)
         output.text = passed
-        if request.known >= self.max_model_len or len(request.output) == params.max_tokens:
+        if len(request.output) >= request.limit:
             return self._end(request, "length", output)
         return output
 
@@ -256,7 +340,8 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         self.scheduler.finish(request)
-        self._requests.pop(request.id, None)
+        for id in request.ids if isinstance(request, BeamRequest) else [request.id]:
+            self._requests.pop(id, None)
 
 
 def _sentence(error: Exception) -> str:

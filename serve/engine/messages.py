@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
 
-To the engine: `Configure` (once, first), then `Add` and `Abort`. From it: `Words`, then `Ready` (or `Failed` in place
+To the engine: `Configure` (once, first), then `Add`, `AddBeam` and `Abort`. From it: `Words`, then `Ready` (or `Failed` in place
 of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing is pickled.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from lm.params import SamplingParams
+
+STEEPEST = 10.0  # length penalty; beyond it, lengths become numbers that no float holds
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +36,42 @@ class Add(msgspec.Struct, tag="add", frozen=True):
     generate: bool = True  # False: nothing is drawn, the prompt's log-probabilities alone are wanted
 
 
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
+    """A beam search, under vLLM's names. Of the `beam_width` sequences that it ends with, the best has the largest
+    log-probability / length ** length_penalty.
+    """
+
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False  # whether EOS is one of the tokens
+    logprobs: int | None = None  # how many alternatives beside each token
+    temperature: float = 0.0  # of no effect, as in vLLM: sequences are ranked by the model's own probabilities
+
+    def __post_init__(self) -> None:
+        """Raises ValueError with one sentence for what cannot be."""
+        if self.beam_width < 1:
+            raise ValueError(f"beam_width must be at least 1, got {self.beam_width}.")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+        if not abs(self.length_penalty) <= STEEPEST:
+            raise ValueError(f"length_penalty must be in [-{STEEPEST}, {STEEPEST}], got {self.length_penalty}.")
+
+
+class AddBeam(msgspec.Struct, tag="add_beam", frozen=True):
+    """A prompt to search continuations of: its sequences, best first, come as the outputs of `ids`, all at the end."""
+
+    ids: list[str]  # beam_width of them
+    prompt: list[int]
+    params: BeamSearchParams
+    arrival: float
+
+
 class Abort(msgspec.Struct, tag="abort", frozen=True):
-    """Forget these sequences: their client has gone. An unknown id is no error: it may just have ended."""
+    """Forget these sequences: their client has gone. An unknown id is no error: it may just have ended. A beam ends
+    with any of its sequences.
+    """
 
     ids: list[str]
 
@@ -63,7 +99,11 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     """
 
     vocab_size: int
-    max_model_len: int
+    max_model_len: int  # prompt and output together; of an encoder-decoder each
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    encoder_decoder: bool  # the output does not continue the prompt, and has a length of its own
+    source: bool  # the prompt is read as a whole, in one step, and its tokens have no probabilities
     eos_token_ids: list[int]
     dtype: str
     device: str
@@ -116,6 +156,7 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True):
     stop_reason: int | str | None = None  # the stop string or stop token; None for EOS
     error: str | None = None
     timings: Timings | None = None
+    cumulative_logprob: float | None = None  # of all tokens, in nats; told where a beam search has compared it
 
 
 class Stats(msgspec.Struct, array_like=True):
@@ -135,5 +176,5 @@ class Step(msgspec.Struct, tag="step"):
     stats: Stats
 
 
-ToEngine = Add | Abort | Configure
+ToEngine = Add | AddBeam | Abort | Configure
 FromEngine = Words | Ready | Failed | Step

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm.attention import may_attend
+from lm.decoder import DecoderLM
 from serve.engine.blocks import NULL
 from serve.engine.scheduler import Share
 
@@ -45,6 +46,20 @@ class Pages:
         self.device = torch.device(device)
         self.keys = [_zeros(shape, dtype, self.device) for _ in range(layers)]
         self.values = [_zeros(shape, dtype, self.device) for _ in range(layers)]
+
+    @classmethod
+    def of(cls, model: DecoderLM, *, blocks: int, size: int) -> Pages:
+        """What this decoder needs, in its dtype and on its device."""
+        config, weight = model.config, next(model.parameters())
+        return cls(
+            layers=config.layers,
+            kv_heads=config.kv,
+            dim=config.dim,
+            blocks=blocks,
+            size=size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     @staticmethod
     def bytes_per_block(*, layers: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype) -> int:

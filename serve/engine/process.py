@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from serve.engine.messages import Abort, Add, Configure, EngineConfig, Failed, Stats, Step, ToEngine
+from serve.engine.messages import Abort, Add, AddBeam, Configure, EngineConfig, Failed, Stats, Step, ToEngine
 
 HEADER = struct.Struct("<I")  # the length of the frame that follows, in bytes
 CHUNK = 1 << 20
@@ -122,7 +122,7 @@ def _serve(channel: Channel) -> None:
     channel.send(ready)
     while True:
         for message in [*early, *channel.receive(wait=not engine.has_work and not early)]:
-            if isinstance(message, Add):
+            if isinstance(message, (Add, AddBeam)):
                 engine.add(message)
             elif isinstance(message, Abort):
                 engine.abort(message.ids)

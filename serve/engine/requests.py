@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from lm.params import SamplingParams
-from serve.engine.messages import TokenLogprobs
+from serve.engine.messages import BeamSearchParams, TokenLogprobs
 
 
 class Status(Enum):
@@ -18,10 +18,10 @@ class Status(Enum):
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """A sequence of known tokens (prompt, then output), the first `computed` of which have their keys in the cache.
+    """A sequence of known tokens (prompt, then output), the first `computed` of which have been computed.
 
-    The scheduler's whole state of a request is the count of what is known, `computed` and `table`; the rest belongs
-    to the engine.
+    The scheduler's whole state of a request is the count of what is known, `computed` and `table`, and three numbers
+    that do not change: `whole`, `width` and `reserve`. The rest belongs to the engine.
     """
 
     id: str
@@ -30,6 +30,11 @@ class Request:
     generate: bool = True
     arrival: float = 0.0
     output: list[int] = field(default_factory=list)
+    limit: int = 1  # tokens of output, at most
+
+    whole: int = 0  # so many tokens from the first are computed in one step or not at all: a source is no sequence
+    width: int = 1  # seats it takes, and sequences that each step after its prompt computes: a beam has several
+    reserve: int = 0  # tokens that the cache is asked to hold from the start; less than it needs: it grows
 
     status: Status = Status.WAITING
     computed: int = 0
@@ -57,9 +62,33 @@ class Request:
         return part + self.output[: count - len(part)]
 
 
+@dataclass(eq=False, kw_only=True)
+class BeamRequest(Request):
+    """A beam search over one prompt, which ends as the sequences `ids`, best first.
+
+    It always knows one token more than it has computed: the next one of each of its sequences, whichever those are.
+    Preempted, it begins anew.
+    """
+
+    ids: list[str]
+    beam: BeamSearchParams
+
+    @property
+    def known(self) -> int:
+        return self.computed + 1 if self.computed else len(self.prompt)
+
+
 def children(params: SamplingParams, n: int) -> list[SamplingParams]:
     """The n sequences of a request with `n`, each with a seed of its own, so that each can be had again by itself."""
     alone = replace(params, n=1)
     if params.seed is None:
         return [alone] * n
     return [replace(alone, seed=params.seed + i) for i in range(n)]
+
+
+def beam_tokens(prompt: int, limit: int, params: BeamSearchParams) -> int:
+    """Tokens of the cache that a beam search asks for: all that its sequences may come to hold (and, where their
+    probabilities are gone through in the end, not less than its steps).
+    """
+    steps = limit if params.logprobs is None else 2 * limit
+    return max(params.beam_width * (prompt + limit), prompt + steps)

@@ -1,9 +1,13 @@
-"""One forward pass over a mixed batch: single tokens of those who decode beside chunks of prompts, flattened."""
+"""What computes the shares of a step: the protocol, and the paged runner, which is the decoders'.
+
+It makes one forward pass over a mixed batch: single tokens of those who decode beside chunks of prompts, flattened.
+rows.py has the other runner, for models that read their prompt as a whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +37,23 @@ class Forward(NamedTuple):
     prompts: Iterator[PromptLogits]
 
 
+class Runner(Protocol):
+    """Runs a model on what the scheduler chose. Knows no sampling and no text."""
+
+    source: bool
+    """Whether a prompt is computed in one step or not at all, and its own tokens have no probabilities."""
+
+    def run(self, shares: Sequence[Share]) -> Forward:
+        """Computes the shares, whose blocks are allotted; call it in inference mode."""
+
+    def tidy(self) -> None:
+        """Lets go of what is kept of requests that do not run any more: ended, aborted or preempted."""
+
+
 class PagedRunner:
-    """Runs a decoder on what the scheduler chose. Knows no sampling and no text."""
+    """A decoder over pages, where what belongs to a request is what its blocks hold."""
+
+    source = False
 
     def __init__(self, model: DecoderLM, pages: Pages) -> None:
         self.model = model.eval()
@@ -42,7 +61,7 @@ class PagedRunner:
         self._windows = model.config.windows()
 
     def run(self, shares: Sequence[Share]) -> Forward:
-        """Computes the shares, whose blocks are allotted, and fills their pages; call it in inference mode."""
+        """See Runner. Blocks that hold what is no number are cleared."""
         device = self.pages.device
         tokens: list[int] = []
         positions: list[int] = []
@@ -64,7 +83,13 @@ class PagedRunner:
                 last.append(row - 1)
         final = hidden[last]
         sound = torch.isfinite(final.float().sum(dim=-1)).tolist()
+        for share, good in zip(caught_up, sound, strict=True):
+            if not good:
+                self.pages.clear(share.request.table)
         return Forward(caught_up, self.model.logits(final).float(), sound, self._prompt_logits(shares, hidden))
+
+    def tidy(self) -> None:
+        """Nothing to do: blocks are the scheduler's to free."""
 
     def _prompt_logits(self, shares: Sequence[Share], hidden: Tensor) -> Iterator[PromptLogits]:
         row = 0

@@ -28,12 +28,12 @@ class Draw(NamedTuple):
     uniforms: Uniforms
 
 
-def prepare(request: Request, seed: int, eos: Collection[int]) -> Draw:
-    """The state that a new request needs."""
+def prepare(request: Request, before: Sequence[int], seed: int, eos: Collection[int]) -> Draw:
+    """The state that a new request needs. `before`: the tokens that its output continues, which penalties look at."""
     params = request.params
     if params.min_tokens and not params.ignore_eos:  # until then EOS is banned, as the stop tokens are
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *eos))
-    return Draw(params, Row(params, request.prompt, request.output), Uniforms(seed))
+    return Draw(params, Row(params, before, request.output), Uniforms(seed))
 
 
 def draw(requests: Sequence[Request], logits: Tensor) -> list[int]:

@@ -11,7 +11,12 @@ step spends a budget of tokens on letting the second catch up with the first:
 A long prompt is thus computed in chunks beside the others' single tokens. When a running request finds no free block,
 the one admitted last loses all of its blocks and waits at the front of the queue: nothing of it is kept, it is
 recomputed (preemption). In a step that preempted nobody is admitted. The request admitted first is never preempted
-for another's sake and, since no request may need more than the whole cache, always advances: so every request ends.
+for another's sake and, since no request may need more than the whole cache or budget, always advances: so every
+request ends.
+
+Some requests come as more than one sequence of tokens does. A source (`whole`) is not computed in chunks: it waits
+until the budget has room for all of it, and nobody overtakes it. A beam (`width`) takes the seats and the budget of
+its sequences, and `reserve` of the cache at once.
 """
 
 from __future__ import annotations
@@ -69,8 +74,11 @@ class Scheduler:
         index = 0
         while index < len(self.running) and left > 0:
             request = self.running[index]
-            count = min(request.known - request.computed, left)
-            while not self.blocks.grow(request.table, request.computed + count):
+            count, cost = _affordable(request, left)
+            if count == 0:
+                index += 1
+                continue
+            while not self.blocks.grow(request.table, max(request.computed + count, request.reserve)):
                 victim = self.running[-1]
                 self._preempt(victim)
                 preempted = True
@@ -78,20 +86,24 @@ class Scheduler:
                     break
             else:
                 shares.append(Share(request, request.computed, count))
-                left -= count
+                left -= cost
                 index += 1
 
-        while self.waiting and left > 0 and not preempted and len(self.running) < self.seats:
+        seated = sum(request.width for request in self.running)
+        while self.waiting and left > 0 and not preempted:
             request = self.waiting[0]
-            if self.blocks.missing(request.table, request.known) > self.blocks.free:
+            count, cost = _affordable(request, left)
+            if count == 0 or seated + request.width > self.seats:
+                break
+            if self.blocks.missing(request.table, max(request.known, request.reserve)) > self.blocks.free:
                 break
             self.waiting.popleft()
-            count = min(request.known - request.computed, left)
-            self.blocks.grow(request.table, request.computed + count)
+            self.blocks.grow(request.table, max(request.computed + count, request.reserve))
             request.status = Status.RUNNING
             self.running.append(request)
             shares.append(Share(request, request.computed, count))
-            left -= count
+            left -= cost
+            seated += request.width
         return shares
 
     def computed(self, share: Share) -> None:
@@ -115,3 +127,10 @@ class Scheduler:
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(request)
+
+
+def _affordable(request: Request, left: int) -> tuple[int, int]:
+    """How many of its known tokens can be computed with `left` of the budget, and what of it they take."""
+    each = request.width if request.computed else 1  # a beam parts after its prompt
+    count = min(request.known - request.computed, left // each)
+    return (count, count * each) if request.computed + count >= request.whole else (0, 0)

@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm import DecoderConfig
 from lm.tokenizer import Tokenizer
 from serve.engine import build
 from serve.engine.messages import EngineConfig
 from serve.engine.pages import Pages
 
-SHAPE = DecoderConfig(vocab_size=100, context=256, layers=2, width=64, heads=4, kv_heads=2)
 BLOCK = Pages.bytes_per_block(layers=2, kv_heads=2, dim=16, size=16, dtype=torch.float32)
 
 
-def size(**flags: object) -> tuple[int, int, str | None]:
-    return build.size_cache(SHAPE, EngineConfig(folder="", **flags), torch.float32, "cpu")  # type: ignore[arg-type]
+def size(sides: int = 1, **flags: object) -> tuple[int, int, str | None]:
+    return build.size_cache(256, BLOCK, EngineConfig(folder="", **flags), "cpu", sides=sides)  # type: ignore[arg-type]
 
 
 def test_the_cache_is_as_large_as_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,12 +25,14 @@ def test_the_cache_is_as_large_as_can_be_used(monkeypatch: pytest.MonkeyPatch) -
     assert size(max_num_seqs=4) == (256, 4 * 16 + 1, None)
     assert size(max_num_seqs=4, max_model_len=100) == (100, 4 * 7 + 1, None)
     assert size(kv_cache_memory_bytes=20 * BLOCK) == (256, 20, None)
+    assert size(sides=2, max_num_seqs=4) == (256, 4 * 32 + 1, None)  # a source and a target
 
 
 def test_a_small_memory_shortens_the_context_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "free_bytes", lambda device: int(5 * BLOCK / build.FREE_SHARE) + 1)
     longest, blocks, note = size()
     assert (longest, blocks) == (64, 5)
+    assert size(sides=2)[:2] == (32, 5)
     assert note == "max_model_len is 64 and not the model's 256: the memory that is free holds no more."
 
 
@@ -56,6 +56,15 @@ def test_what_cannot_be_says_what_would(flags: dict[str, int], said: str) -> Non
     with pytest.raises(build.SetupError) as error:
         size(**flags)
     assert str(error.value) == said
+
+
+def test_a_source_is_never_longer_than_a_step() -> None:
+    config = EngineConfig(folder="", max_num_batched_tokens=100)
+    assert build.step_budget(256, config, whole=False) == (100, None)
+    assert build.step_budget(100, config, whole=True) == (100, None)
+    budget, note = build.step_budget(256, config, whole=True)
+    assert budget == 256
+    assert note == "max_num_batched_tokens is 256 and not 100: a source is read in one step."
 
 
 def test_free_memory_is_what_the_machine_has() -> None:

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lm.params import SamplingParams
 from serve.engine.blocks import NULL, BlockManager
-from serve.engine.requests import Request, Status
+from serve.engine.messages import BeamSearchParams
+from serve.engine.requests import BeamRequest, Request, Status
 from serve.engine.scheduler import Scheduler
 
 PARAMS = SamplingParams()
@@ -17,6 +18,17 @@ PARAMS = SamplingParams()
 
 def request(id: str, prompt: int) -> Request:
     return Request(id=id, prompt=list(range(prompt)), params=PARAMS)
+
+
+def source(id: str, prompt: int) -> Request:
+    """Computed whole or not at all."""
+    return Request(id=id, prompt=list(range(prompt)), params=PARAMS, whole=prompt)
+
+
+def beam(id: str, prompt: int, width: int, reserve: int) -> BeamRequest:
+    searched = BeamSearchParams(beam_width=width, max_tokens=1)
+    common = {"id": id, "prompt": list(range(prompt)), "params": PARAMS, "ids": [], "beam": searched}
+    return BeamRequest(**common, whole=prompt, width=width, reserve=reserve)
 
 
 class Machine(RuleBasedStateMachine):
@@ -42,14 +54,30 @@ class Machine(RuleBasedStateMachine):
         self.arrivals.append(new)
         self.scheduler.add(new)
 
+    @rule(prompt=st.integers(1, 40), more=st.integers(1, 20), width=st.integers(0, 4))
+    def add_whole(self, prompt: int, more: int, width: int) -> None:
+        """A source, or (width > 0) a beam; each as large as a request may be that can be carried out alone."""
+        width = min(width, self.scheduler.seats, self.scheduler.budget)
+        prompt = min(prompt, self.scheduler.budget, self.blocks.capacity // max(width, 1))
+        total = min(prompt + more, self.blocks.capacity // max(width, 1))
+        if prompt < 1:
+            return
+        name = str(self.made)
+        self.made += 1
+        new = beam(name, prompt, width, width * total) if width else source(name, prompt)
+        self.goals[new] = max(total, prompt + 1)
+        self.arrivals.append(new)
+        self.scheduler.add(new)
+
     @rule()
     def step(self) -> None:
         had_work = self.scheduler.has_work
         before = {r: r.computed for r in self.scheduler}
         shares = self.scheduler.schedule()
         assert bool(shares) == had_work, "work was there and nothing was done"
-        assert sum(share.length for share in shares) <= self.scheduler.budget
-        assert len(self.scheduler.running) <= self.scheduler.seats
+        cost = [share.length * (share.request.width if share.start else 1) for share in shares]
+        assert sum(cost) <= self.scheduler.budget
+        assert sum(r.width for r in self.scheduler.running) <= self.scheduler.seats
         assert len({share.request for share in shares}) == len(shares)
         written: set[tuple[int, int]] = set()
         for share in shares:
@@ -59,6 +87,8 @@ class Machine(RuleBasedStateMachine):
             assert share.length >= 1
             assert share.start + share.length <= r.known
             assert r.computed in (before[r], 0)
+            assert share.start + share.length >= r.whole, "a source was cut"
+            assert len(r.table) * self.blocks.size >= r.reserve
             for position in range(share.start, share.start + share.length):
                 block = r.table[position // self.blocks.size]
                 assert block != NULL
@@ -67,8 +97,9 @@ class Machine(RuleBasedStateMachine):
                 assert cell not in written
                 written.add(cell)
         for share in shares:
+            caught_up = share.catches_up
             self.scheduler.computed(share)
-            if share.request.computed == share.request.known:
+            if caught_up:
                 share.request.output.append(0)
                 if share.request.known >= self.goals[share.request]:
                     self.scheduler.finish(share.request)
@@ -185,3 +216,42 @@ def test_blocks_refuse_what_would_break_them() -> None:
         blocks.share([1])
     with pytest.raises(ValueError, match="given back twice"):
         blocks.release([1])
+
+
+def test_a_source_waits_for_room_in_the_budget_and_is_not_overtaken() -> None:
+    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=8, max_num_batched_tokens=10)
+    first, long, short = source("first", 4), source("long", 8), source("short", 1)
+    for r in (first, long, short):
+        scheduler.add(r)
+
+    def step() -> list[tuple[str, int]]:
+        shares = scheduler.schedule()
+        for share in shares:
+            scheduler.computed(share)
+            share.request.output.append(0)
+        return [(share.request.id, share.length) for share in shares]
+
+    assert step() == [("first", 4)]
+    assert step() == [("first", 1), ("long", 8), ("short", 1)]
+
+
+def test_a_beam_takes_the_seats_the_budget_and_the_cache_of_its_sequences() -> None:
+    scheduler = Scheduler(BlockManager(20, 4), max_num_seqs=5, max_num_batched_tokens=6)
+    wide, plain, late = beam("wide", 6, 3, reserve=60), request("plain", 4), request("late", 3)
+    for r in (wide, plain, late):
+        scheduler.add(r)
+
+    def step() -> list[tuple[str, int]]:
+        shares = scheduler.schedule()
+        for share in shares:
+            scheduler.computed(share)
+            share.request.output.append(0)
+        return [(share.request.id, share.length) for share in shares]
+
+    assert step() == [("wide", 6)]
+    assert len(wide.table) == 15
+    assert step() == [("wide", 1), ("plain", 3)]  # three tokens for its sequences, and what is left
+    scheduler.seats = 4
+    plain.output.clear()
+    assert step() == [("wide", 1), ("plain", 1)]
+    assert [r.id for r in scheduler.waiting] == ["late"]  # four seats, and all are taken
