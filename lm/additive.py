@@ -3,7 +3,7 @@
 `AdditiveAttention.forward` is the paper's equations, one target position of them. `align` is what runs: the decoder's
 recurrence with its alignment over a whole target, the gradient written by hand. Two identities carry its speed:
 
-    tanh(a) = 2 sigmoid(2a) - 1     the constant vanishes in the softmax, and torch's sigmoid is five times as fast on a CPU
+    tanh(a) = 2 sigmoid(2a) - 1     the constant leaves the softmax as it is; torch's sigmoid is five times as fast
     C sum_j alpha_j h_j = sum_j alpha_j (C h_j)     so that one product, before the loop, maps the contexts of all steps
 """
 
@@ -20,7 +20,7 @@ from lm.linear import linear
 
 
 class AdditiveAttention(nn.Module):
-    """A feed-forward network scores how well annotation h_j fits what comes after state s; trained with all the rest."""
+    """A small network scores how well annotation h_j fits what comes after state s. Trained with all the rest."""
 
     def __init__(self, hidden: int, memory: int, alignment: int, bias: bool = True):
         super().__init__()

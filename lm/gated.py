@@ -1,8 +1,8 @@
 """The gated hidden unit of RNNsearch (arXiv 1409.0473, appendix A.1.1), as printed, and over whole sentences.
 
 `GatedUnit.forward` is the paper's equations, one step of them. `scan` is what runs: the same numbers for all steps and
-both directions of a sentence, with the gradient written by hand. Autograd would keep and visit some thirty small tensors
-a step; here a step is a dozen operations in place, and every weight's gradient is one product after the last step.
+both directions of a sentence, with the gradient written by hand. Autograd would keep and visit some thirty small
+tensors a step; here a step is a dozen operations in place, and a weight's gradient is one product after the last step.
 
 torch's GRU is another unit: it resets U s after the product, where the paper resets s before it.
 """
@@ -25,26 +25,30 @@ class GatedUnit(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, context: int = 0, bias: bool = True):
         super().__init__()
-        self.hidden, self.context, self.bias = hidden, context, bias
-        sizes = {"W": inputs, "U": hidden} | ({"C": context} if context else {})
-        for letter, size in sizes.items():
-            for gate in ("", "_z", "_r"):
-                self.register_parameter(letter + gate, nn.Parameter(torch.empty(hidden, size)))
-        for gate in ("", "_z", "_r"):
-            self.register_parameter("b" + gate, nn.Parameter(torch.empty(hidden)) if bias else None)
+
+        def matrix(columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(hidden, columns))
+
+        self.bias = bias
+        self.W, self.W_z, self.W_r = matrix(inputs), matrix(inputs), matrix(inputs)
+        self.U, self.U_z, self.U_r = matrix(hidden), matrix(hidden), matrix(hidden)
+        if context:
+            self.C, self.C_z, self.C_r = matrix(context), matrix(context), matrix(context)
+        if bias:
+            self.b, self.b_z, self.b_r = (nn.Parameter(torch.empty(hidden)) for _ in range(3))
 
     def forward(self, y: Tensor, s: Tensor, c: Tensor | None = None) -> Tensor:
         """One step: y [B, m], s [B, n], c [B, k] -> the next s [B, n]."""
-        z = torch.sigmoid(self._sum("_z", y, s, c))  # z = sigmoid(W_z y + U_z s + C_z c + b_z): how much is new
-        r = torch.sigmoid(self._sum("_r", y, s, c))  # r = sigmoid(W_r y + U_r s + C_r c + b_r): how much is remembered
-        candidate = torch.tanh(self._sum("", y, r * s, c))  # s~ = tanh(W y + U [r * s] + C c + b)
-        return (1 - z) * s + z * candidate
-
-    def _sum(self, gate: str, y: Tensor, s: Tensor, c: Tensor | None) -> Tensor:
-        total = F.linear(y, getattr(self, "W" + gate), getattr(self, "b" + gate)) + F.linear(
-            s, getattr(self, "U" + gate)
-        )
-        return total if c is None else total + F.linear(c, getattr(self, "C" + gate))
+        b, b_z, b_r = (self.b, self.b_z, self.b_r) if self.bias else (None, None, None)
+        # z = sigmoid(W_z y + U_z s + C_z c): how much of the candidate is taken
+        # r = sigmoid(W_r y + U_r s + C_r c): how much of the state the candidate may see
+        # candidate = tanh(W y + U [r * s] + C c)
+        z, r, new = F.linear(y, self.W_z, b_z), F.linear(y, self.W_r, b_r), F.linear(y, self.W, b)
+        if c is not None:
+            z, r, new = z + F.linear(c, self.C_z), r + F.linear(c, self.C_r), new + F.linear(c, self.C)
+        z, r = torch.sigmoid(z + F.linear(s, self.U_z)), torch.sigmoid(r + F.linear(s, self.U_r))
+        new = torch.tanh(new + F.linear(r * s, self.U))
+        return (1 - z) * s + z * new
 
     def gates(self) -> Tensor:
         """[U_z; U_r], [2n, n]."""
@@ -63,9 +67,9 @@ class GatedUnit(nn.Module):
 def scan(x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """All steps of D units side by side.
 
-    x [D, T, B, 3n]: what each step reads, in the order z, r, candidate (`GatedUnit.read`); s [D, B, n]: the state before
-    the first; gates [D, 2n, n]: [U_z; U_r]; candidate [D, n, n]: U; dtype: what products are computed in -> the states
-    after each step, [D, T, B, n], in float32.
+    x [D, T, B, 3n]: what each step reads, in the order z, r, candidate (`GatedUnit.read`); s [D, B, n]: the state
+    before the first; gates [D, 2n, n]: [U_z; U_r]; candidate [D, n, n]: U; dtype: what products are computed in -> the
+    states after each step, [D, T, B, n], in float32.
 
     A step whose z is told to be -inf keeps the state as it was: that is how a sentence ends before its row does.
     """
@@ -154,7 +158,7 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         gates, candidate, states, zr, reset, new = ctx.saved_tensors
-        units, steps, rows, n = new.shape
+        units, steps, rows, _ = new.shape
         by_gates = products(gates.mT, ctx.dtype, rows)
         by_candidate = products(candidate.mT, ctx.dtype, rows)
         dzr, dnew = torch.empty_like(zr), torch.empty_like(new)

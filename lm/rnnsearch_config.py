@@ -69,7 +69,7 @@ class RNNSearchConfig:
         """Parameter counts by arithmetic: `embedding`, `encoder`, `decoder` (with the map to s_0), `alignment`,
         `readout`, `head` and `total`. 80.4 million at 30,000 words a side.
         """
-        n, m, l, bias = self.hidden, self.embedding, self.maxout, int(self.bias)
+        n, m, out, bias = self.hidden, self.embedding, self.maxout, int(self.bias)
         unit = 3 * (m * n + n * n + bias * n)
         tables = self.vocab_size if self.share_embeddings else self.vocab_size + self.target_vocab
         counts = {
@@ -77,8 +77,8 @@ class RNNSearchConfig:
             "encoder": 2 * unit,
             "decoder": unit + 3 * self.memory * n + n * n + bias * n,
             "alignment": self.energy * (n + self.memory + 1 + bias),
-            "readout": 2 * l * (n + m + self.memory + bias),
-            "head": self.target_vocab * (l + bias),
+            "readout": 2 * out * (n + m + self.memory + bias),
+            "head": self.target_vocab * (out + bias),
         }
         return counts | {"total": sum(counts.values())}
 
@@ -91,10 +91,10 @@ class RNNSearchConfig:
         """
         source = self.context if source is None else source
         target = self.context if target is None else target
-        n, m, l, memory = self.hidden, self.embedding, self.maxout, self.memory
+        n, m, out, memory = self.hidden, self.embedding, self.maxout, self.memory
         reading = 2 * 3 * (m * n + n * n) + self.energy * memory
         writing = 3 * (m * n + n * n + memory * n) + self.energy * n
-        writing += 2 * l * (n + m + memory) + self.target_vocab * l
+        writing += 2 * out * (n + m + memory) + self.target_vocab * out
         meeting = 0 if self.fixed_context else self.energy + memory
         return int(6 * (writing + meeting * source + (reading * source + n * n) / target))
 
