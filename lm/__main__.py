@@ -6,12 +6,25 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = {"convert": "lm.convert", "generate": "lm.generate"}  # each module has main(argv) -> exit status
+# Each module has main(argv) -> exit status.
+VERBS = {
+    "attend": "lm.attend",
+    "convert": "lm.convert",
+    "generate": "lm.generate",
+    "score": "lm.score",
+    "translate": "lm.translate",
+}
 
 USAGE = """usage: python -m lm generate MODEL PROMPT [options]
+       python -m lm translate FOLDER [options] < SOURCE > TARGET
+       python -m lm score FOLDER --source FILE --target FILE [options]
+       python -m lm attend FOLDER SENTENCE --out FILE [options]
        python -m lm convert SOURCE DEST [options]
 
 generate   continue a prompt with a model folder or GGUF file, on the console
+translate  translate lines of text
+score      the probability of given translations
+attend     show what each attention head looks at: a picture, a page or numbers
 convert    write a model folder or GGUF file as another
 (each verb explains its options with --help)"""
 

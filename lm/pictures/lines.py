@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lm.pictures.canvas import COLOURS, every, figure, font_points, heading, plain, size_of
+from lm.pictures.canvas import COLOURS, POINTS, every, figure, font_points, heading, plain, size_of
 from lm.trace import Maps
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CELL, LARGEST, HEIGHT = 0.28, 24.0, 2.6  # inches: between tokens, of the whole width, between the two rows
@@ -83,17 +84,17 @@ def lines(
                     texts[-1].set_bbox({"facecolor": "0.85", "edgecolor": "none", "pad": 1.2})
     plain(texts, points)
     text = heading(kind, layer, heads[0] if len(heads) == 1 else None) if title is None else title
-    _legend(axes, text, heads, width)
+    depth = max(len(token) for token in keys) * points / POINTS * 0.68 + 0.2  # of the tokens below, at most
+    _name(axes, text, heads, width, -depth)
     return made
 
 
-def _legend(axes, text: str, heads: Sequence[int], width: float) -> None:
-    """The title, left of the drawing where it never meets a token, and below it the heads in their colours."""
-    plain([axes.text(-0.35, HEIGHT, text, ha="right", va="top", fontsize=9, clip_on=False)])
+def _name(axes: Axes, text: str, heads: Sequence[int], width: float, y: float) -> None:
+    """The title under the drawing, and below it the heads, each in its colour."""
+    plain([axes.text(width / 2, y, text, ha="center", va="top", fontsize=9, clip_on=False)])
     if len(heads) > 1:
+        apart = 0.6
         for number, head in enumerate(heads):
-            y = HEIGHT - 0.24 - 0.17 * number
-            axes.text(
-                -0.35, y, f"head {head}", ha="right", va="top", fontsize=8, color=COLOURS[number % len(COLOURS)],
-                clip_on=False,
-            )  # fmt: skip
+            x = width / 2 + (number - (len(heads) - 1) / 2) * apart
+            colour = COLOURS[number % len(COLOURS)]
+            axes.text(x, y - 0.22, f"head {head}", ha="center", va="top", fontsize=8, color=colour, clip_on=False)

@@ -6,6 +6,7 @@ attends (the translation) runs down; black is 0, white is 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,22 +47,33 @@ def matrix(maps: Maps, kind: str, layer: int, head: int, *, energies: bool = Fal
         bar = made.colorbar(image, ax=axes, fraction=0.25 / max(width, 0.5), pad=0.15 / max(width, 0.5))
         bar.set_label("energy e_ij", fontsize=points)
         bar.ax.tick_params(labelsize=points)
-    axes.set_xlabel(heading(kind, layer, head) if title is None else title, fontsize=9, labelpad=6, parse_math=False)
+    alone = kind == "cross" and len(maps.cross) == len(maps.head_numbers(kind)) == 1
+    text = ("Energies" if energies else "Alignment") if alone else heading(kind, layer, head)
+    axes.set_xlabel(text if title is None else title, fontsize=9, labelpad=6, parse_math=False)
     return made
 
 
-def grid(maps: Maps, kind: str, layers: list[int] | None = None, *, title: str | None = None) -> Figure:
+def grid(
+    maps: Maps,
+    kind: str,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
     """Every recorded head, a layer a row, a head a column. In each, white is its own largest weight: heads that spread
     over many tokens would else be black.
     """
-    layers = list(maps.of(kind)) if layers is None else layers
-    heads = maps.head_numbers(kind)
+    layers = list(maps.of(kind)) if layers is None else list(layers)
+    numbers = maps.head_numbers(kind)
+    heads = numbers if heads is None else heads
     first = maps.of(kind)[layers[0]]
     _, q, k = first.shape
     gap = max(1, round(0.07 * max(q, k)))  # in cells
     tiles = torch.full((len(layers) * (q + gap) - gap, len(heads) * (k + gap) - gap), torch.nan)
     for i, layer in enumerate(layers):
-        for j, weights in enumerate(maps.of(kind)[layer]):
+        for j, head in enumerate(heads):
+            weights = maps.of(kind)[layer][numbers.index(head)]
             top, left = i * (q + gap), j * (k + gap)
             tiles[top : top + q, left : left + k] = weights / weights.max().clamp(min=1e-9)
     rows, columns = tiles.shape

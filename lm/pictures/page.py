@@ -17,21 +17,32 @@ from lm.pictures.canvas import COLOURS, heading
 from lm.trace import Maps
 
 
-def page(maps: Maps, *, title: str = "Attention", source: str = "", target: str = "") -> str:
+def page(
+    maps: Maps,
+    *,
+    title: str = "Attention",
+    source: str = "",
+    target: str = "",
+    lines: bool = False,
+    word: int | None = None,
+) -> str:
     """The page for one sentence's record. title: of the window and the page; source, target: the texts, shown as such.
 
-    Weights are kept as bytes: one is at most 1/510 from what the page says.
+    It opens with the last kind that was recorded, as lines or as a matrix, with the query `word` alone where one is
+    named. Weights are kept as bytes: one is at most 1/510 from what the page says.
     """
     assets = resources.files("lm.pictures") / "assets"
     parts = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
     # Where a script's data ends is the parser's to say, not a string's: no "<" stands in it.
-    data = json.dumps(page_data(maps, title, source, target), ensure_ascii=True).replace("<", "\\u003c")
+    opening = {"view": "lines" if lines else "matrix"} | ({} if word is None else {"word": word})
+    told = {"title": title, "source": source, "target": target, "opening": opening, "colours": list(COLOURS)}
+    data = json.dumps(told | {"kinds": page_kinds(maps)}, ensure_ascii=True).replace("<", "\\u003c")
     filled = {"title": html.escape(title), "style": parts["page.css"], "script": parts["page.js"], "data": data}
     return re.sub(r"\{\{(title|style|script|data)\}\}", lambda mark: filled[mark[1]], parts["page.html"])
 
 
-def page_data(maps: Maps, title: str, source: str, target: str) -> dict[str, Any]:
-    """What page.js reads."""
+def page_kinds(maps: Maps) -> list[dict[str, Any]]:
+    """The maps as page.js reads them, a kind each."""
     kinds = []
     for kind in maps.kinds:
         queries, keys = maps.axes(kind)
@@ -57,7 +68,7 @@ def page_data(maps: Maps, title: str, source: str, target: str) -> dict[str, Any
                 "values": _bytes((energies.clamp(min=low) - low) / max(high - low, 1e-9)),
             }
         kinds.append(one)
-    return {"title": title, "source": source, "target": target, "colours": list(COLOURS), "kinds": kinds}
+    return kinds
 
 
 def _bytes(values: Tensor) -> str:

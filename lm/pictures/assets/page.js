@@ -1,4 +1,4 @@
-// The attention page. Data: lm/pictures/page.py, page_data. No library; text reaches the page by textContent alone.
+// The attention page. Data: lm/pictures/page.py. No library; text reaches the page by textContent alone.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -204,8 +204,10 @@
     const values = map(kind, state.layer, state.heads[0]);
     const room = Math.max(300, $("detail").clientWidth);
     const size0 = 14, left = Math.min(220, widest(kind.queries, size0) + 18), top0 = Math.min(220, widest(kind.keys, size0) + 18);
-    const cell = Math.max(13, Math.min(34, Math.floor((room - left - 24) / kind.k)));
-    const size = Math.min(size0, cell - 1), top = top0 + 20;
+    const top = top0 + 20;
+    // As large as the window shows whole, never so small that a label cannot be read: then the drawing scrolls.
+    const cell = Math.max(14, Math.min(34, Math.floor((room - left - 24) / kind.k), Math.floor((0.85 * innerHeight - top - 14) / kind.q)));
+    const size = Math.min(size0, cell - 1);
     const width = left + kind.k * cell + 14, height = top + kind.q * cell + 14;
     svg.setAttribute("width", width);
     svg.setAttribute("height", height);
@@ -361,7 +363,7 @@
     $("caption").textContent = single ? (showsEnergies() ? "Energies" : "Alignment")
       : `${kind.name}, layer ${kind.layers[state.layer]}, ${several ? "heads" : "head"} ${names}`;
     const bits = kind.entropy[state.layer][state.heads[0]];
-    $("facts").textContent = several ? "" : `spreads over ${(2 ** bits).toFixed(1)} of ${kind.k} tokens (${bits.toFixed(2)} bits on average)`;
+    $("facts").textContent = several || showsEnergies() ? "" : `spreads over ${(2 ** bits).toFixed(1)} of ${kind.k} tokens (${bits.toFixed(2)} bits on average)`;
     $("values").hidden = !kind.energies || state.view === "lines";
     $("scales").hidden = state.view === "lines" || showsEnergies();
     for (const [name, value] of [["view", state.view], ["values", state.values], ["scale", state.scale]])
@@ -384,7 +386,7 @@
   }
 
   function recall() {
-    const parts = new URLSearchParams(location.hash.slice(1));
+    const parts = new URLSearchParams(location.hash.length > 1 ? location.hash.slice(1) : data.opening);
     const at = (list, value) => Math.max(0, list.map(String).indexOf(value));
     if (!data.kinds.some((kind) => kind.kind === parts.get("kind"))) state.kind = data.kinds.length - 1;
     else state.kind = data.kinds.findIndex((kind) => kind.kind === parts.get("kind"));
