@@ -153,13 +153,12 @@ def beam_steps(
     most = [params.max_tokens or len(source) + BEYOND_SOURCE for source in sources]
     sentences = [_Sentence(params, min(limit, room)) for limit, room in zip(most, rooms, strict=True)]
     stops = sorted(set(stop_ids))
-    recording = {} if record is None else {"record": record}
-    state = model.start(*pad(sources, device), **recording)
+    state = model.start(*pad(sources, device), record=record)
     live, tokens = list(range(len(sources))), state.first
     sums = torch.zeros(len(live), dtype=torch.float64, device=device)
     step = 0
     while live:
-        logits, state = model.step(tokens.unsqueeze(1), state, **recording)
+        logits, state = model.step(tokens.unsqueeze(1), state, record=record)
         step += 1
         values, ids = _continuations(logits[:, -1].float(), params, stops, step)
         widths = [len(sentences[number].sums) for number in live]

@@ -29,8 +29,7 @@ def stream(
     """
     rooms, device = checked(model, prompts), next(model.parameters()).device
     src, mask = pad(prompts, device)
-    recording = {} if record is None else {"record": record}
-    state = model.start(src, mask, **recording)
+    state = model.start(src, mask, record=record)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else stop_ids)}
     live = list(range(len(prompts)))
     rows = [Row(params, prompt, []) for prompt in prompts]
@@ -40,7 +39,7 @@ def stream(
         one.output = output
     tokens = state.first
     while live:
-        logits, state = model.step(tokens.unsqueeze(1), state, **recording)
+        logits, state = model.step(tokens.unsqueeze(1), state, record=record)
         logits = adjust(logits[:, -1].float(), [rows[r] for r in live], stop_ids)
         tokens = sample(logits, [params] * len(live), [uniforms[r][len(outputs[r])] for r in live])
         produced = list(zip(live, tokens.tolist(), strict=True))

@@ -183,7 +183,7 @@ def test_verbs_and_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["fly"]) == 2
     said = capsys.readouterr().err
     assert "a verb must come first." in said
-    assert "fly is not a verb; the verbs are convert, generate." in said
+    assert "fly is not a verb; the verbs are attend, convert, generate, score, translate." in said
     assert main(["--help"]) == 0
     assert "usage: python -m lm generate MODEL PROMPT" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:

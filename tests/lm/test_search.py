@@ -97,7 +97,7 @@ def test_the_same_seed_is_the_same_text_and_none_is_another(named: Named) -> Non
     ("prompts", "sentence"),
     [
         ([[1], []], "prompt 1: the prompt is empty; it must hold at least one token."),
-        ([[1] * 48], "prompt 0: the prompt has 48 tokens; it must have fewer than the context, 48."),
+        ([[1] * 48], "prompt 0: the prompt has 48 tokens; the model's context of 48 leaves no room to continue it."),
     ],
 )
 def test_what_cannot_be_continued_is_refused(named: Named, prompts: list[list[int]], sentence: str) -> None:
