@@ -234,7 +234,7 @@ class RNNSearch(nn.Module):
             )
         y = self.embed_target(tokens)
         deep, did = self.decode(y, state.s, state.annotations, state.projected, state.mask)
-        if record is not None:
+        if record is not None and not self.config.fixed_context:
             weights, energies = (maps.transpose(0, 1).unsqueeze(1) for maps in (did.weights, did.energies))
             record.add("cross", 0, weights, energies, keys=state.mask)
         return self.logits(deep), replace(state, s=did.states[-1], read=read)
