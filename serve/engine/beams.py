@@ -61,7 +61,7 @@ class Beams:
             self._searches.pop(request).close()
 
     def outputs(self, request: BeamRequest, found: Found, tokenizer: Tokenizer) -> list[Output]:
-        """The request's sequences. As in vLLM, EOS is one of the tokens only where that was asked for, and never text."""
+        """The request's sequences. As in vLLM, EOS is a token only where that was asked for, and never text."""
         now = time.monotonic()
         timings = Timings(request.arrival, request.scheduled, now, now, request.preemptions)
         made = []

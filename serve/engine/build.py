@@ -49,6 +49,7 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         tokenizer = tokenizer or pretrained.load_tokenizer(config.folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
+    _check_vocabulary(model.config)
     loaded = time.perf_counter()
     per_block = bytes_per_block(model, config.block_size, dtype)
     size = size_cache(model.config.context, per_block, config, device, sides=2 if model.encoder_decoder else 1)
@@ -85,6 +86,14 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         seconds={"load": loaded - begin, "cache": sized - loaded, "first_token": time.perf_counter() - sized},
         note=" ".join(sentence for sentence in (note, size.note, budget_note) if sentence) or None,
     )
+
+
+def _check_vocabulary(config: Any) -> None:
+    written = getattr(config, "target_vocab_size", config.vocab_size)
+    if written != config.vocab_size:
+        raise SetupError(
+            f"The model reads {config.vocab_size} tokens and writes {written}; to be served it needs one vocabulary."
+        )
 
 
 def use_cores() -> int:

@@ -136,7 +136,7 @@ class Engine:
         return request
 
     def _limit(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens may be generated after a prompt of so many: as many as wanted, None for all there is room for.
+        """How many tokens may follow a prompt of so many: as many as wanted; None for all that there is room for.
 
         Raises ValueError for a prompt that is empty or too long, and for more than there is room for.
         """

@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
 
-To the engine: `Configure` (once, first), then `Add`, `AddBeam` and `Abort`. From it: `Words`, then `Ready` (or `Failed` in place
-of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing is pickled.
+To the engine: `Configure` (once, first), then `Add`, `AddBeam` and `Abort`. From it: `Words`, then `Ready` (or `Failed`
+in place of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing is pickled.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The runner of models that read their prompt as a whole: both encoder-decoders, and decoders that see all of a source.
+"""The runner of models that read their prompt as a whole: encoder-decoders, and decoders that see all of a source.
 
-It is written over lm's decoding interface alone (`start`, `step`, `select`, `join`). Whoever runs is a row of one state.
-New sources are read together and joined to it; one step then computes the next token of every row; rows whose request
-has ended, was aborted or preempted leave by `select`. A preempted row that comes back is read again, and takes its own
-output, token by token, until it is where it was.
+It is written over lm's decoding interface alone (`start`, `step`, `select`, `join`). Whoever runs is a row of one
+state. New sources are read together and joined to it; one step then computes the next token of every row; rows whose
+request has ended, was aborted or preempted leave by `select`. A preempted row that comes back is read again, and takes
+its own output, token by token, until it is where it was.
 """
 
 from __future__ import annotations

@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
 from lm import DecoderConfig, DecoderLM, pretrained
-from lm.tokenizer import Tokenizer, train_bpe
+from lm.architectures import make_config, make_model
+from lm.tokenizer import Tokenizer, close_sources, train_bpe, train_translator_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("the quick brown fox jumps over the lazy dog, and then it sleeps. ", "más ñandú, 你好 世界, 🎉🦊 naïve café. ")
@@ -62,6 +65,65 @@ def folder(model: DecoderLM, tokenizer: Tokenizer, tmp_path_factory: pytest.Temp
     pretrained.save(model, path, tokenizer=tokenizer)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
+
+
+# Models that read their prompt as a source: architecture and shape.
+TRANSLATORS = {
+    "transformer": (
+        "transformer",
+        {
+            "width": 32,
+            "heads": 4,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "mlp_width": 64,
+            "positions": "learned",
+            "tie_embeddings": "none",
+            "start_id": 1,
+        },
+    ),
+    "rnnsearch": ("rnnsearch", {"hidden": 24, "embedding": 16, "maxout": 16, "start_id": 1}),
+    "prefix": ("decoder", {"width": 32, "heads": 4, "layers": 2, "prefix": True}),
+}
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A tiny model of random weights, made such that what it writes depends on what it reads; and its tokenizer."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+    @property
+    def eos(self) -> list[int]:
+        """EOS, and more tokens that count as it, so that random texts end at various lengths."""
+        assert self.tokenizer.eos_id is not None
+        return [self.tokenizer.eos_id, *range(40, 60)]
+
+
+@pytest.fixture(scope="session")
+def translators() -> dict[str, Translator]:
+    words = train_translator_bpe([text * 4 for text in TEXTS], 340)
+    made = {}
+    for name, (architecture, shape) in TRANSLATORS.items():
+        torch.manual_seed(3)
+        context = 96 if architecture == "decoder" else 48
+        model = make_model(
+            make_config(architecture, {"vocab_size": words.vocab_size, "context": context, "dropout": 0.0, **shape})
+        ).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if architecture == "transformer":
+                    parameter.mul_(10 if "positions" in key else 1)
+                elif parameter.dim() > 1:
+                    parameter.mul_(2)
+        made[name] = Translator(model, close_sources(words, model.encoder_decoder))
+    return made
+
+
+@pytest.fixture(scope="session", params=TRANSLATORS)
+def translator(request: pytest.FixtureRequest, translators: dict[str, Translator]) -> Translator:
+    return translators[request.param]
 
 
 class Server:
