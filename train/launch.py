@@ -5,14 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lm.linear import bf16_is_fast
+from train import preflight
 from train.config import Recipe, RecipeError, check_launch
+from train.watch import Watch, lost_peer
+
+
+class Abandoned(Exception):
+    """What is being computed is not needed any more: a rank was asked to stop."""
 
 
 @dataclass
@@ -24,6 +32,9 @@ class Launch:
     world: int
     device: torch.device
     fsdp2: bool
+    watch: Watch = field(default_factory=lambda: Watch(preflight.place()))  # of the other ranks: around the training
+    store: torch.distributed.Store | None = None  # what the ranks share; None of one process
+    stopping: Callable[[], bool] = lambda: False  # whether this rank has been asked to stop
 
     @property
     def main(self) -> bool:
@@ -33,6 +44,7 @@ class Launch:
         """Each number (or scalar tensor) summed over the ranks, as Python floats; every rank calls it."""
         stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
         if self.world > 1:
+            self.watch.arrive()
             stacked = stacked.to(self.device)
             torch.distributed.all_reduce(stacked)
         return stacked.tolist()
@@ -41,8 +53,21 @@ class Launch:
         """Whether any rank says so."""
         return self.sum([float(flag)])[0] > 0 if self.world > 1 else flag
 
+    def check(self) -> None:
+        """Raise Abandoned, on every rank, if any of them has been asked to stop. Every rank calls it."""
+        if self.any(self.stopping()):
+            raise Abandoned
+
     def wait(self) -> None:
+        self.watch.arrive()
         self.accelerator.wait_for_everyone()
+
+    def agree(self, name: str, **facts: Any) -> None:
+        """Refuse to go on where a rank has found another fact than rank 0, in what is called `name`. Every rank calls
+        it, whenever it has found its own. Raises RecipeError."""
+        if self.store is not None:
+            facts = {key.replace("_", " "): fact for key, fact in facts.items()}
+            preflight.meet(self.store, self.watch.place, name, facts, None)
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -58,17 +83,28 @@ def _on_gpu() -> bool:
 
 
 def start(recipe: Recipe) -> Launch:
-    """Set the process up as the launcher's environment says. Raises RecipeError for what cannot run here."""
+    """Set the process up as the launcher's environment says: the ranks find each other, see that they are the same
+    program, and begin to watch each other. Raises RecipeError for what cannot run here."""
     on_gpu = _on_gpu()
+    watch, store = preflight.begin(recipe)
+    # Longer than the watch is patient: it knows who is missing, and a collective that timed out does not.
+    patience = timedelta(seconds=recipe.train.timeout + 15)
     try:
         accelerator = Accelerator(
             cpu=not on_gpu,
             mixed_precision="bf16" if recipe.train.dtype == "bf16" else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=patience),
+            ],
         )
     except ValueError as error:  # a half-set environment, such as WORLD_SIZE without MASTER_ADDR
         why = str(error).splitlines()[0]
         raise RecipeError([f"Accelerate cannot start ({why}); launch with a file from configs/accelerate/."]) from None
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        raise RecipeError([preflight.unconnected(watch.place, error)]) from None
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise RecipeError(
@@ -92,12 +128,16 @@ def start(recipe: Recipe) -> Launch:
         keep_memory()
     else:
         torch.backends.cuda.matmul.allow_tf32 = True
-    return Launch(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, fsdp2)
+    return Launch(
+        accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, fsdp2, watch, store
+    )
 
 
 def _check_share(recipe: Recipe, world: int, fsdp2: bool) -> None:
     """Every rank needs a sequence of each batch; under FSDP2 equally many, as its forward is a collective."""
-    sequences = recipe.train.batch_tokens // recipe.model.context
+    if recipe.data.has_pairs:
+        return  # a rank without a pair computes one whose targets do not count
+    sequences = recipe.batch_tokens // recipe.model.context
     batch = f"train.batch_tokens is {recipe.train.batch_tokens}, which is {sequences} sequence(s)"
     if world > sequences:
         raise RecipeError([f"{batch}; {world} processes need at least {world * recipe.model.context}."])
