@@ -17,10 +17,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench-char bench-train bench-start figures clean
+.PHONY: help install demo test lint format bench-char bench-train bench-multi30k bench-architectures bench-step-time bench-start figures clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install everything (TORCH_INDEX=URL for another torch build)
 
@@ -56,6 +56,15 @@ bench-char: $(STAMP) ## loss on Tiny Shakespeare by characters, beside nanoGPT (
 
 bench-train: $(STAMP) ## training speed beside transformers.Trainer
 	$(PY) -m bench.train
+
+bench-multi30k: $(STAMP) ## BLEU on Multi30k (HEED_MULTI30K=DIR, the data set; trains for hours)
+	$(PY) -m bench.multi30k
+
+bench-architectures: $(STAMP) ## RNNencdec, RNNsearch, Transformer, causal and prefix LM side by side (HEED_MULTI30K=DIR; hours)
+	$(PY) -m bench.architectures --positions
+
+bench-step-time: $(STAMP) ## the time of a training step against sentence length
+	$(PY) -m bench.step_time
 
 bench-start: $(STAMP) ## seconds from `python -m serve` to the first token
 	$(PY) -m bench.start

@@ -122,7 +122,7 @@ def _peer(path: Path, options: argparse.Namespace) -> float:
         torch.set_num_threads(cores())
     recipe, shape = load(path), SHAPES[options.shape]
     prepared = prepare(recipe, progress=False)
-    batches = Batches(prepared.train, context=shape["context"], batch_tokens=recipe.train.batch_tokens, seed=1)
+    batches = Batches(prepared.train, context=shape["context"], batch_tokens=recipe.batch_tokens, seed=1)
 
     class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
@@ -172,7 +172,7 @@ def _peer(path: Path, options: argparse.Namespace) -> float:
     steps = [
         after - before for before, after in zip(stamps[options.warmup - 1 :], stamps[options.warmup :], strict=False)
     ]
-    return recipe.train.batch_tokens / statistics.median(steps)
+    return recipe.batch_tokens / statistics.median(steps)
 
 
 if __name__ == "__main__":
