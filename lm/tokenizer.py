@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE and characters, trained here or loaded from any Hugging Face folder.
+"""Text to token ids and back: byte-level BPE, words and characters, trained here or loaded from a Hugging Face folder.
 
 `tokenizers` does the work. What is ours is the recipe of each kind, a folder that `transformers.AutoTokenizer`, vLLM
 and others read to equal ids, and the count of UTF-8 bytes each id stands for, which bits per byte needs.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_CHARACTER = "\x03"  # U+0003 END OF TEXT: one character, so that ids and characters stay equal in number
 UNKNOWN = "<unk>"
+PAD, BEGIN, END = "<pad>", "<s>", "</s>"  # of a translator: ids 0, 1 and 2
 
 
 class TokenizerError(ValueError):
@@ -140,15 +142,20 @@ class Tokenizer:
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, eos: str | None = END_OF_TEXT, progress: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    eos: str | None = END_OF_TEXT,
+    first: Iterable[str] = (),
+    progress: bool = False,
 ) -> Tokenizer:
     """Learn a byte-level BPE of at most `vocab_size` entries, EOS included (arXiv 1508.07909, over bytes as in GPT-2).
 
     Every text round-trips exactly, whatever its characters: 256 entries are the bytes. A text too small for
-    `vocab_size` gives fewer entries. `texts` is iterated once. Raises ValueError where `vocab_size` does not hold the
-    bytes and EOS.
+    `vocab_size` gives fewer entries. `texts` is iterated once. `first`: special tokens that stand before EOS. Raises
+    ValueError where `vocab_size` does not hold the bytes and the special tokens.
     """
-    special = [] if eos is None else [eos]
+    special = [*first] if eos is None else [*first, eos]
     if vocab_size < 256 + len(special):
         raise ValueError(f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(special)} special tokens.")
     inner = tokenizers.Tokenizer(models.BPE())
@@ -186,6 +193,53 @@ def train_characters(texts: Iterable[str], *, eos: str | None = None) -> Tokeniz
     if eos is not None:
         inner.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
     return Tokenizer(inner, eos_id=None if eos is None else vocabulary[eos])
+
+
+def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+    """A translator's vocabulary of words, what white space divides: the `vocab_size` most frequent (the 30,000 of arXiv
+    1409.0473, section 4.1), or all; every other word is UNKNOWN.
+
+    PAD, BEGIN, END and UNKNOWN come first and count. Ids turn back into words with one space between.
+    """
+    special = [PAD, BEGIN, END, UNKNOWN]
+    if vocab_size is not None and vocab_size <= len(special):
+        raise ValueError(f"vocab_size is {vocab_size}; it must hold {len(special)} special tokens and a word.")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split())
+    for token in special:
+        del counts[token]
+    most = None if vocab_size is None else vocab_size - len(special)
+    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
+    vocabulary = {token: id for id, token in enumerate(special + words)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # and no decoder: words are joined by spaces
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special[:3]])
+    return Tokenizer(inner, eos_id=vocabulary[END], bos_id=vocabulary[BEGIN], pad_id=vocabulary[PAD])
+
+
+def train_translator_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
+    """A translator's joint vocabulary: a byte-level BPE of both languages' texts, with PAD, BEGIN and END."""
+    tokenizer = train_bpe(texts, vocab_size, eos=END, first=(PAD, BEGIN), progress=progress)
+    inner = tokenizer.inner
+    return Tokenizer(inner, eos_id=tokenizer.eos_id, bos_id=inner.token_to_id(BEGIN), pad_id=inner.token_to_id(PAD))
+
+
+def close_sources(tokenizer: Tokenizer, encoder_decoder: bool) -> Tokenizer:
+    """The tokenizer whose `encode` of a source is what a translator reads: for an encoder-decoder the source ends with
+    EOS; for a decoder-only one BOS divides it from the target, which follows. Raises ValueError where it lacks one.
+    """
+    for kind, id in (("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if id is None:
+            raise ValueError(f"the tokenizer has no {kind}_token, which a translator needs.")
+    id = tokenizer.eos_id if encoder_decoder else tokenizer.bos_id
+    assert id is not None
+    token = tokenizer.inner.id_to_token(id)
+    inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    inner.post_processor = processors.TemplateProcessing(single=f"$A {token}", special_tokens=[(token, id)])
+    return Tokenizer(
+        inner, tokenizer.settings, eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id
+    )
 
 
 def _components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -30,12 +30,12 @@ def write(recipe: Recipe, config: DecoderConfig, data: Prepared, run_dir: Path, 
         f"---\n{yaml.safe_dump(_front(recipe), sort_keys=False)}---",
         f"# {Path(recipe.run.dir).name}",
         _what(recipe, architecture),
-        "## Model\n\n" + _table(_shape(config, architecture)),
-        "## Data\n\n" + _table(_data(recipe, data)),
-        "## Figures\n\n" + _figures(metrics.read(run_dir / metrics.FILE), step),
+        "## Model\n\n" + table(_shape(config, architecture)),
+        "## Data\n\n" + table(_data(recipe, data)),
+        "## Figures\n\n" + figures(metrics.read(run_dir / metrics.FILE), step),
         "## Use\n\n" + _use(config, architecture),
-        "## Recipe\n\n" + _fenced(recipe.to_yaml(), "yaml"),
-        "## Licence\n\n" + _licence(recipe),
+        "## Recipe\n\n" + fenced(recipe.to_yaml(), "yaml"),
+        "## Licence\n\n" + licence(recipe),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -74,7 +74,7 @@ def _what(recipe: Recipe, architecture: str) -> str:
     begun = "trained from random weights"
     if recipe.model.from_ is not None:
         known = hub_name(recipe.model.from_)
-        begun = f"trained further from the weights of {_code(known or recipe.model.from_)}"
+        begun = f"trained further from the weights of {code(known or recipe.model.from_)}"
     return (
         f"A decoder-only language model ({architecture}), {begun} with Heed {__version__}. It continues text as its "
         "data would; nothing but what is written here was measured."
@@ -100,17 +100,17 @@ def _shape(config: DecoderConfig, architecture: str) -> list[tuple[str, str]]:
 def _data(recipe: Recipe, data: Prepared) -> list[tuple[str, str]]:
     source = recipe.data
     if source.dataset is not None:
-        configured = "" if source.dataset_config is None else f", configuration {_code(source.dataset_config)}"
-        text = f"{_code(source.dataset)}{configured}, split {_code(source.split)}"
+        configured = "" if source.dataset_config is None else f", configuration {code(source.dataset_config)}"
+        text = f"{code(source.dataset)}{configured}, split {code(source.split)}"
     else:
-        text = ", ".join(_code(Path(name).name) for name in source.text or ())
+        text = ", ".join(code(Path(name).name) for name in source.text or ())
     held = "nothing" if data.validation is None else _amount(data.validation)
     return [
         ("text", text),
         ("trained on", _amount(data.train)),
         ("held out", held),
         ("tokenizer", _tokenizer(recipe, data)),
-        ("fingerprint of the tokens", _code(data.fingerprint)),
+        ("fingerprint of the tokens", code(data.fingerprint)),
     ]
 
 
@@ -124,7 +124,7 @@ def _amount(tokens: Tokens) -> str:
     return f"{len(tokens):,} tokens" + (f", {tokens.bytes_total:,} bytes of text" if tokens.bytes_total else "")
 
 
-def _figures(rows: list[dict[str, Any]], step: int) -> str:
+def figures(rows: list[dict[str, Any]], step: int) -> str:
     """What metrics.jsonl says of the run up to `step`."""
     rows = [row for row in rows if row["step"] <= step]
     trained = [row for row in rows if row.get("loss") is not None]
@@ -142,7 +142,7 @@ def _figures(rows: list[dict[str, Any]], step: int) -> str:
             found.append((name, f"{figure} (at update {row['step']:,})"))
     else:
         found.append(("held-out loss", "not measured"))
-    return _table(found)
+    return table(found)
 
 
 def _loss(nats: float, bits: float | None) -> str:
@@ -162,25 +162,25 @@ def _use(config: DecoderConfig, architecture: str) -> str:
         f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={more})[0]))",
     ]
     served = "Heed serves it through an API that is compatible with OpenAI's and vLLM's:"
-    return f"{_fenced(chr(10).join(lines), 'python')}\n\n{served}\n\n{_fenced('python -m serve FOLDER', 'bash')}"
+    return f"{fenced(chr(10).join(lines), 'python')}\n\n{served}\n\n{fenced('python -m serve FOLDER', 'bash')}"
 
 
-def _licence(recipe: Recipe) -> str:
+def licence(recipe: Recipe) -> str:
     if recipe.run.license is None:
         return "None was stated for these weights."
     return f"{recipe.run.license}, as stated by who trained it."
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Text of the user's as Markdown code inside a table."""
     plain = re.sub(r"\s+", " ", text).replace("|", "\\|").replace("`", "'")
     return f"`{plain}`"
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

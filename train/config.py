@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
+from lm.architectures import ARCHITECTURES
 from lm.config import DecoderConfig
 from train import origin, rules
 from train.schema import Range, RecipeError, example, flatten, key_of, read, show, unknown_key
@@ -21,6 +23,7 @@ from train.schema import Range, RecipeError, example, flatten, key_of, read, sho
 Count = Annotated[int, Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
+TOKENIZERS = ("vocab_size", "start_id", "target_vocab_size")  # of a model's shape: what the tokenizer decides
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Fraction = Annotated[float, Range(above=0, below=1)]
@@ -36,6 +39,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
+    """A text (`text`, or `dataset` with a text_key) for a language model; pairs of texts for a translator."""
+
     text: tuple[str, ...] | None = None
     dataset: str | None = None
     dataset_config: str | None = None
@@ -45,50 +50,61 @@ class Data:
     validation: Fraction | str | None = 0.1
     separator: str | None = None
     document_mask: bool = False
+    source: str | None = None
+    target: str | None = None
+    pairs: str | None = None
+    source_key: str | None = None
+    target_key: str | None = None
+    synthetic: Literal["copy", "reverse", "sort"] | None = None
+    rows: Count = 50_000
+    symbols: Count = 50
+    length: Count = 25
+    validation_source: str | None = None
+    validation_target: str | None = None
+    longest: Count | None = None
     cache: str = ".cache/heed"
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it is pairs of a source and its translation that are learned from."""
+        return any(getattr(self, key.removeprefix("data.")) is not None for key in rules.PAIRS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    kind: Literal["bpe", "characters", "folder"] = "bpe"
-    vocab_size: Annotated[int, Range(least=260)] | None = None
+    kind: Literal["bpe", "words", "characters", "folder"] = "bpe"
+    vocab_size: Count | None = None
     folder: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """lm.DecoderConfig's fields but vocab_size, which the tokenizer decides. lm.DecoderConfig checks the values.
+def shape_of(architecture: str) -> Any:
+    """The config class of an architecture."""
+    return ARCHITECTURES[architecture].config_class
 
-    With `from` all but `context` and `dropout` are those of the folder that it names.
-    """
 
-    from_: str | None = None  # the key is `from`, which Python keeps for itself
-    context: Count
-    layers: Count
-    width: Count
-    heads: Count
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_width: int | None = None
-    activation: str = "swiglu"
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    positions: str = "rotary"
-    rope_theta: float = 10_000.0
-    rope_scaling: dict[str, Any] | None = None
-    rope_pattern: str = "R"
-    qk_norm: bool = False
-    window: int | None = None
-    window_pattern: str = "L"
-    tie_embeddings: bool = True
-    bias: bool | str = False
-    softcap: float | None = None
-    dropout: float = 0.0
+def _model_section(architecture: str) -> type:
+    """The fields of an architecture's config class, whose own checks its values pass, but for those that the tokenizer
+    decides; `architecture`; and `from`, with which all but `context` and `dropout` are those of the folder it names."""
+    shape = shape_of(architecture)
+    hints = get_type_hints(shape)
+    fields: list[Any] = [
+        ("architecture", Literal[tuple(ARCHITECTURES)], architecture),
+        ("from_", str | None, None),  # the key is `from`, which Python keeps for itself
+    ]
+    for field in dataclasses.fields(shape):
+        if field.name in TOKENIZERS:
+            continue
+        hint = hints[field.name]
+        if field.default is dataclasses.MISSING:
+            fields.append((field.name, Count if hint is int else hint))
+        else:
+            fields.append((field.name, hint, field.default))
+    return dataclasses.make_dataclass("Model", fields, frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adadelta"] = "adamw"
     lr: Positive = 1e-3
     matrix_lr: Positive = 0.02
     embedding_lr: Positive | None = None
@@ -97,11 +113,14 @@ class Optim:
     weight_decay: NotNegative = 0.1
     clip: Positive | None = 1.0
     momentum: Annotated[float, Range(least=0, below=1)] = 0.95
+    rho: Annotated[float, Range(least=0, below=1)] = 0.95
+    spike: Positive | None = 10.0
+    max_skips: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "inverse_sqrt", "constant"] = "cosine"
     warmup: Natural = 0
     decay: Share = 0.2
     floor: Share = 0.1
@@ -111,12 +130,15 @@ class Schedule:
 class Train:
     steps: Count | None = None
     tokens: Count | None = None
-    batch_tokens: Count
+    batch_tokens: Count | None = None
+    batch_sentences: Count | None = None
     micro_batch: Count | None = None
+    label_smoothing: Annotated[float, Range(least=0, below=1)] = 0.0
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
     threads: Count | None = None
+    timeout: Count = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +147,19 @@ class Eval:
     tokens: Count | None = None
     prompts: tuple[str, ...] = ()
     sample_tokens: Count = 128
+    bleu: Count | None = None
+    beam: Count = 1
+    length_penalty: NotNegative = 0.6
+    bleu_tokenize: Literal["13a", "none", "intl", "char", "zh"] = "13a"
+    lowercase: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: Count = 1000
     keep: Count = 2
+    ephemeral: Positive | None = 60.0
+    average: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +175,7 @@ class Recipe:
     run: Run
     data: Data
     tokenizer: Tokenizer
-    model: Model
+    model: Any  # of the class that _model_section makes for its architecture
     optim: Optim
     schedule: Schedule
     train: Train
@@ -161,7 +190,22 @@ class Recipe:
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return -(-self.train.tokens // self.train.batch_tokens)
+        return -(-self.train.tokens // self.batch_tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        """`train.batch_tokens`, of a recipe that counts a batch in tokens."""
+        assert self.train.batch_tokens is not None
+        return self.train.batch_tokens
+
+    def model_config(self, vocab_size: int, start_id: int) -> Any:
+        """The shape of the recipe's architecture, for a tokenizer of `vocab_size` entries whose `start_id` begins a
+        target."""
+        if self.model.architecture == DecoderConfig.architecture:
+            return self.decoder_config(vocab_size)
+        shape = {field.name: getattr(self.model, field.name) for field in dataclasses.fields(self.model)}
+        del shape["architecture"], shape["from_"]
+        return shape_of(self.model.architecture)(vocab_size=vocab_size, start_id=start_id, **shape)
 
     def decoder_config(self, vocab_size: int) -> DecoderConfig:
         """The model's shape for a tokenizer of `vocab_size` entries; with model.from the shape of that model.
@@ -171,18 +215,19 @@ class Recipe:
         if self.origin is not None:
             return dataclasses.replace(self.origin, dropout=self.model.dropout)
         shape = dataclasses.asdict(self.model)
-        del shape["from_"]
+        del shape["architecture"], shape["from_"]
         return DecoderConfig(vocab_size=vocab_size, **shape)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Every key with its value, as YAML and JSON know them (lists, no tuples); with model.from without those that
         its folder decides."""
         plain: dict[str, dict[str, Any]] = {}
-        for name, cls in SECTIONS.items():
-            values = dataclasses.asdict(getattr(self, name))
+        for name in SECTIONS:
+            section = getattr(self, name)
+            values = dataclasses.asdict(section)
             plain[name] = {
                 key_of(field): list(value) if isinstance(value := values[field.name], tuple) else value
-                for field in dataclasses.fields(cls)
+                for field in dataclasses.fields(section)
             }
         if self.model.from_ is not None:
             plain["model"] = {key: plain["model"][key] for key in origin.OWN_KEYS}
@@ -193,11 +238,17 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)  # ASCII: PyYAML lets some line ends through unescaped
 
 
+@cache
+def sections(architecture: str) -> dict[str, type]:
+    """The sections of a recipe for a model of this architecture."""
+    return {**SECTIONS, "model": _model_section(architecture)}
+
+
 SECTIONS: dict[str, type] = {
     "run": Run,
     "data": Data,
     "tokenizer": Tokenizer,
-    "model": Model,
+    "model": _model_section(DecoderConfig.architecture),
     "optim": Optim,
     "schedule": Schedule,
     "train": Train,
@@ -211,12 +262,18 @@ SECTIONS: dict[str, type] = {
 REPLACES = {
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
+    "train.batch_tokens": ("train.batch_sentences",),
+    "train.batch_sentences": ("train.batch_tokens",),
     "data.text": ("data.dataset", "data.dataset_config", "data.split", "data.streaming"),
     "data.dataset": ("data.text", "data.separator"),
     "tokenizer.kind": ("tokenizer.vocab_size", "tokenizer.folder"),
     "model.from": (
         *(f"tokenizer.{field.name}" for field in dataclasses.fields(Tokenizer)),
-        *(f"model.{key_of(field)}" for field in dataclasses.fields(Model) if key_of(field) not in origin.OWN_KEYS),
+        *(
+            f"model.{key_of(field)}"
+            for field in dataclasses.fields(SECTIONS["model"])
+            if key_of(field) not in origin.OWN_KEYS
+        ),
     ),
 }
 
@@ -227,20 +284,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with all problems at once: unreadable file, unknown keys, wrong types, impossible combinations.
     """
     problems: list[str] = []
-    flat = flatten(SECTIONS, _read_yaml(Path(path)), problems)
-    flat = _override(flat, overrides, problems)
+    document = _read_yaml(Path(path))
+    architecture = _architecture(document, overrides)
+    table = sections(architecture)
+    flat = flatten(table, document, problems)
+    flat = _override(table, flat, overrides, problems)
     flat.setdefault("run.dir", f"runs/{Path(path).stem}")
     continues = flat.get("model.from") is not None
     start = origin.complete(flat, problems) if continues else None
-    values, bad = read(SECTIONS, flat, problems, excused="model" if continues and start is None else None)
-    rules.check(values, bad, problems)
+    values, bad = read(table, flat, problems, excused="model" if continues and start is None else None)
+    rules.check(values, bad, problems, shape_of(architecture))
     if start is not None:
         origin.check(start, values, bad, problems)
     if problems:
         raise RecipeError(problems)
     parts = {
         name: cls(**{field.name: values[f"{name}.{key_of(field)}"] for field in dataclasses.fields(cls)})
-        for name, cls in SECTIONS.items()
+        for name, cls in table.items()
     }
     return Recipe(**parts, origin=start)
 
@@ -252,10 +312,18 @@ def check_launch(recipe: Recipe, fsdp2: bool) -> None:
     Muon orthogonalises whole matrices, of which each rank holds a slice.
     """
     problems = []
-    if fsdp2 and recipe.model.tie_embeddings:
-        problems.append("model.tie_embeddings is true; FSDP2 needs model.tie_embeddings=false, or launch with DDP.")
+    if fsdp2 and getattr(recipe.model, "tie_embeddings", None) not in (None, False, "none"):
+        tied = recipe.model.tie_embeddings
+        apart = "none" if isinstance(tied, str) else "false"
+        problems.append(
+            f"model.tie_embeddings is {show(tied)}; FSDP2 needs model.tie_embeddings={apart}, or launch with DDP."
+        )
     if fsdp2 and recipe.optim.name == "muon":
         problems.append('optim.name is "muon"; FSDP2 needs optim.name=adamw, or launch with DDP.')
+    if fsdp2 and recipe.eval.bleu is not None:
+        problems.append(
+            f"eval.bleu is {recipe.eval.bleu}; a model sharded by FSDP2 cannot decode here: eval.bleu=null."
+        )
     if problems:
         raise RecipeError(problems)
 
@@ -299,19 +367,32 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
     return document
 
 
-def _override(flat: Mapping[str, Any], overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def _architecture(document: Mapping[Any, Any], overrides: Sequence[str]) -> str:
+    """What model.architecture says, which decides the keys of its section; decoder where it says nothing that is one
+    (whatever else it says is refused with the other values)."""
+    model = document.get("model")
+    asked = model.get("architecture") if isinstance(model, Mapping) else None
+    for override in overrides:
+        key, _, text = override.partition("=")
+        asked = text.strip("\"' ") if key == "model.architecture" else asked
+    return asked if isinstance(asked, str) and asked in ARCHITECTURES else DecoderConfig.architecture
+
+
+def _override(
+    table: Mapping[str, type], flat: Mapping[str, Any], overrides: Sequence[str], problems: list[str]
+) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not equals:
             problems.append(f"{override} is not an override; write section.key=value, such as train.steps=100.")
-        elif section in SECTIONS and not dot:
+        elif section in table and not dot:
             problems.append(
-                f"{override}: {section} is a section; set its keys, such as {example(SECTIONS, section)}=VALUE."
+                f"{override}: {section} is a section; set its keys, such as {example(table, section)}=VALUE."
             )
-        elif section not in SECTIONS or name not in {key_of(field) for field in dataclasses.fields(SECTIONS[section])}:
-            problems.append(unknown_key(SECTIONS, key))
+        elif section not in table or name not in {key_of(field) for field in dataclasses.fields(table[section])}:
+            problems.append(unknown_key(table, key))
         else:
             try:
                 given[key] = _parse(text)

@@ -1,8 +1,10 @@
-"""One optimizer object for the whole model: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
+"""One optimizer object for the whole model: AdamW, Muon for the matrices inside the layers and AdamW for the rest, or
+Adadelta.
 
-AdamW: arXiv 1711.05101. Muon: the momentum of a matrix is replaced by the nearest orthogonal matrix, found by a few
-Newton-Schulz steps, so that every direction is learned at the same rate (Jordan et al. 2024; the coefficients are those
-of arXiv 2505.16932). Embeddings, the output head and vectors are no maps between features: they stay with AdamW.
+AdamW: arXiv 1711.05101; without decay it is Adam. Adadelta: arXiv 1212.5701. Muon: the momentum of a matrix is replaced
+by the nearest orthogonal matrix, found by a few Newton-Schulz steps, so that every direction is learned at the same
+rate (Jordan et al. 2024; the coefficients are those of arXiv 2505.16932). Embeddings, the output head and vectors are
+no maps between features: they stay with AdamW.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-STATE = {"muon": {"momentum"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}  # what is kept for a parameter, by kind
+STATE = {  # what is kept for a parameter, by kind
+    "muon": {"momentum"},
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "adadelta": {"square_avg", "acc_delta"},
+}
 SAFETY = 1.01  # keeps the singular values inside the range that the coefficients were made for, whatever rounding adds
 
 
@@ -49,12 +55,12 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Groups carry `kind` ("muon" or "adamw"); state is made in the first step, for whatever tensors the parameters
-    are then.
+class Optimizer(torch.optim.Optimizer):
+    """Groups carry `kind` ("muon", "adamw" or "adadelta"); state is made in the first step, for whatever tensors the
+    parameters are then.
 
     Muon's update of a matrix [rows, columns] is scaled by sqrt(max(1, rows / columns)), so that one learning rate fits
-    all. Weight decay is decoupled in both.
+    all. Weight decay is decoupled in all three.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
@@ -66,6 +72,8 @@ class MuonAdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["kind"] == "muon":
                 self._muon(group, parameters)
+            elif group["kind"] == "adadelta":
+                self._adadelta(group, parameters)
             else:
                 self._adamw(group, parameters)
 
@@ -114,8 +122,24 @@ class MuonAdamW(torch.optim.Optimizer):
                 torch._foreach_mul_(list[Tensor](matrices), 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(list[Tensor](matrices), updates, alpha=-group["lr"] * scale)
 
+    def _adadelta(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """Algorithm 1 of the paper: each step as long as the last ones were, over the last gradients' size."""
+        rho, eps = group["rho"], group["eps"]
+        for p in parameters:
+            gradient = p.grad
+            assert gradient is not None
+            if not self.state[p]:
+                self.state[p] = {"square_avg": torch.zeros_like(p), "acc_delta": torch.zeros_like(p)}
+            squares, deltas = self.state[p]["square_avg"], self.state[p]["acc_delta"]
+            squares.mul_(rho).addcmul_(gradient, gradient, value=1 - rho)
+            delta = (deltas + eps).sqrt_().div_((squares + eps).sqrt_()).mul_(gradient)
+            deltas.mul_(rho).addcmul_(delta, delta, value=1 - rho)
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(delta, alpha=group["lr"])
 
-def make_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
+
+def make_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
     """The optimizer that a recipe asks for; every parameter is in exactly one group, whose peak rate is `peak_lr`.
 
     Groups: `matrices` (two-dimensional, inside the layers; Muon's if optim.name is muon), `embeddings` (tokens,
@@ -129,12 +153,15 @@ def make_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
             named["embeddings"].append(p)
         else:
             named["matrices"].append(p)
-    adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps}
+    if optim.name == "adadelta":
+        rest: dict[str, Any] = {"kind": "adadelta", "rho": optim.rho, "eps": optim.eps}
+    else:
+        rest = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps}
     embedding_lr = optim.lr if optim.embedding_lr is None else optim.embedding_lr
     if optim.name == "muon":
         matrices = {"kind": "muon", "momentum": optim.momentum, "peak_lr": optim.matrix_lr}
     else:
-        matrices = {**adam, "peak_lr": optim.lr}
+        matrices = {**rest, "peak_lr": optim.lr}
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": named["matrices"], "weight_decay": optim.weight_decay, **matrices},
         {
@@ -142,8 +169,8 @@ def make_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
             "params": named["embeddings"],
             "weight_decay": optim.weight_decay,
             "peak_lr": embedding_lr,
-            **adam,
+            **rest,
         },
-        {"name": "vectors", "params": named["vectors"], "weight_decay": 0.0, "peak_lr": optim.lr, **adam},
+        {"name": "vectors", "params": named["vectors"], "weight_decay": 0.0, "peak_lr": optim.lr, **rest},
     ]
-    return MuonAdamW([{**group, "lr": group["peak_lr"]} for group in groups if group["params"]])
+    return Optimizer([{**group, "lr": group["peak_lr"]} for group in groups if group["params"]])

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
         folder = cache / fingerprint[:16]
         prepared = _open(folder, fingerprint)
         if prepared is None:
-            with _lock(cache / f"{folder.name}.lock"):
+            with lock(cache / f"{folder.name}.lock"):
                 prepared = _open(folder, fingerprint)  # another process may have built it meanwhile
                 if prepared is None:
                     _build(recipe, source, held, given, fingerprint, folder, progress)
@@ -173,7 +173,7 @@ def _check(recipe: Recipe, source: Source, prepared: Prepared) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold `path` against other processes; one that is killed frees it."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -12,8 +12,11 @@ def factor(schedule: Schedule, step: int, steps: int) -> float:
 
     Warm-up rises linearly and reaches 1 in update `warmup`. Then `cosine` falls to `floor` in the last update;
     `wsd` (warm-up, stable, decay) stays at 1 and falls linearly to `floor` over the last `decay` share of the run
-    (arXiv 2405.18392); `constant` stays.
+    (arXiv 2405.18392); `inverse_sqrt` is arXiv 1706.03762's, equation 3: d^-0.5 min(n^-0.5, n warmup^-1.5) for update
+    n = step + 1, whose peak, d^-0.5 warmup^-0.5, is in update `warmup`; `constant` stays.
     """
+    if schedule.kind == "inverse_sqrt":
+        return min((step + 1) / schedule.warmup, math.sqrt(schedule.warmup / (step + 1)))
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
     if schedule.kind == "constant":

@@ -86,7 +86,7 @@ class Files:
         self.paths, problems = _resolve(key, names)
         if problems:
             raise RecipeError(problems)
-        self.many = len(self.paths) > 1 or separator is not None or _holds_rows(self.paths[0])
+        self.many = len(self.paths) > 1 or separator is not None or holds_rows(self.paths[0])
 
     @property
     def size(self) -> int:
@@ -94,7 +94,7 @@ class Files:
 
     def identity(self, hashes: FileHashes) -> Any:
         """What decides the tokens: the content of the files in their order, not where they are."""
-        files = [[hashes.of(path), path.suffix == ".gz", _holds_rows(path) and self.text_key] for path in self.paths]
+        files = [[hashes.of(path), path.suffix == ".gz", holds_rows(path) and self.text_key] for path in self.paths]
         return {"files": files, "separator": self.separator}
 
     def pieces(self) -> Iterator[Piece]:
@@ -103,7 +103,7 @@ class Files:
             try:
                 with open(path, "rb") as raw:
                     whole = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
-                    parts = self._rows(path, whole) if _holds_rows(path) else self._plain(whole)
+                    parts = self._rows(path, whole) if holds_rows(path) else self._plain(whole)
                     for text, ends in parts:
                         yield Piece(text, ends, read + raw.tell())
                 read += path.stat().st_size
@@ -177,17 +177,24 @@ class Rows:
         except RecipeError:
             raise
         except Exception as error:  # a streamed one fails in as many ways as it can be loaded
-            raise RecipeError([f"{self._asked}, and reading it failed after row {number}: {_first(error)}."]) from None
+            raise RecipeError(
+                [f"{self._asked}, and reading it failed after row {number}: {first_line(error)}."]
+            ) from None
 
     def _dataset(self) -> Any:
         if self._loaded is None:
-            import datasets
-
-            try:
-                self._loaded = datasets.load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
-            except Exception as error:  # its errors have no common base: not found, no network, no such split, bad file
-                raise RecipeError([f"{self._asked}, and `datasets` cannot load it: {_first(error)}."]) from None
+            self._loaded = load_dataset(self.name, self.config, self.split, self.streaming, self._asked)
         return self._loaded
+
+
+def load_dataset(name: str, config: str | None, split: str, streaming: bool, asked: str) -> Any:
+    """A split of a `datasets` dataset. Raises RecipeError that begins with what was `asked` for."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # its errors have no common base: not found, no network, no such split, bad file
+        raise RecipeError([f"{asked}, and `datasets` cannot load it: {first_line(error)}."]) from None
 
 
 def divide(chunks: Iterable[str], separator: str | None) -> Iterator[tuple[str, bool]]:
@@ -287,11 +294,11 @@ def _resolve(key: str, names: Iterable[str]) -> tuple[list[Path], list[str]]:
     return list(dict.fromkeys(paths)), problems
 
 
-def _holds_rows(path: Path) -> bool:
+def holds_rows(path: Path) -> bool:
     return Path(path.name.removesuffix(".gz")).suffix.lower() in ROWS
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

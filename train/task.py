@@ -57,8 +57,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, here: Launch) -> Found | None:
         """Held-out loss. Every rank calls it; `model` is in evaluation mode. None where nothing is held out."""
 
-    def samples(self, model: nn.Module) -> Sequence[tuple[str, str]]:
-        """What the model makes of some inputs: (input, output). The main rank calls it, in evaluation mode."""
+    def samples(self, model: nn.Module) -> Sequence[tuple[str, ...]]:
+        """What the model makes of some inputs: (input, output), or (input, output, reference) where it is known what
+        should come out. The main rank calls it, in evaluation mode."""
 
     def save(
         self, model: nn.Module, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, run_dir: Path, step: int
@@ -69,6 +70,11 @@ class Task(Protocol):
 def make(recipe: Recipe) -> Task:
     """The task of a recipe, its data prepared: one rank builds, under a lock; the others wait for it. Raises
     RecipeError."""
+    if recipe.data.has_pairs:
+        from train.pair_prepare import prepare_pairs
+        from train.translation import TranslationTask
+
+        return TranslationTask(recipe, prepare_pairs(recipe))
     from train.language import LanguageTask
     from train.prepare import prepare
 

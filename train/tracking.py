@@ -39,7 +39,7 @@ class Tracker:
     def __init__(self, run: Any = None) -> None:
         """`run` is a started wandb run, or None for a tracker that does nothing (another rank, `log.wandb` null)."""
         self._run = run
-        self._samples: list[tuple[int, str, str]] = []
+        self._samples: list[tuple[Any, ...]] = []
 
     @classmethod
     def start(cls, recipe: Recipe, run_dir: str | Path, fingerprint: str, *, main: bool) -> Tracker:
@@ -83,14 +83,18 @@ class Tracker:
         """One metrics.jsonl row; values that are None are left out."""
         self._safely(lambda run: run.log({grouped(key): value for key, value in row.items() if value is not None}))
 
-    def samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
-        """What the model wrote at `step`, as (prompt, completion). The table grows: the last one has them all."""
-        self._samples += [(step, prompt, completion) for prompt, completion in samples]
+    def samples(self, step: int, samples: Iterable[tuple[str, ...]]) -> None:
+        """What the model wrote at `step`, as (prompt, completion), or (source, translation, reference). The table
+        grows: the last one has them all."""
+        self._samples += [(step, *sample) for sample in samples]
 
         def send(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=["step", "prompt", "completion"], data=[list(row) for row in self._samples])
+            columns = ["step", "prompt", "completion"]
+            if self._samples and len(self._samples[0]) > len(columns):
+                columns = ["step", "source", "translation", "reference"]
+            table = wandb.Table(columns=columns, data=[list(row) for row in self._samples])
             run.log({"eval/samples": table, "step": step})
 
         self._safely(send)

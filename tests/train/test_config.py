@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import DecoderConfig
-from train.config import SECTIONS, Model, Recipe, RecipeError, check_launch, load
+from train.config import SECTIONS, Recipe, RecipeError, check_launch, load
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD: dict[str, Any] = {
@@ -69,7 +69,7 @@ REFUSED = [
     ("optim.lr=null", "optim.lr is null; it must be a number above 0."),
     ("optim.betas=0.9", "optim.betas is 0.9; it must be a list of 2, each a number of at least 0 and below 1."),
     ("optim.betas=[0.9, 1]", "optim.betas is [0.9, 1]; it must be a list of 2,"),
-    ("optim.name=adam", 'optim.name is "adam"; it must be one of adamw, muon.'),
+    ("optim.name=adam", 'optim.name is "adam"; it must be one of adamw, muon, adadelta.'),
     ("optim.clip=off", "optim.clip is false; it must be a number above 0 or null."),
     ("data.streaming=maybe", 'data.streaming is "maybe"; it must be true or false.'),
     ("data.streaming=1", "data.streaming is 1; it must be true or false."),
@@ -81,7 +81,7 @@ REFUSED = [
     ("eval.prompts=3", "eval.prompts is 3; it must be a list of which each is text."),
     ("data.text={a: b}", 'data.text is {"a": "b"}; it must be a list of which each is text or null.'),
     ("schedule.floor=2", "schedule.floor is 2; it must be a number of at least 0 and at most 1."),
-    ("tokenizer.vocab_size=100", "tokenizer.vocab_size is 100; it must be a whole number of at least 260 or null."),
+    ("tokenizer.vocab_size=0", "tokenizer.vocab_size is 0; it must be a whole number of at least 1 or null."),
     # what is missing
     ("model.context=null", "model.context is null; it must be a whole number of at least 1."),
     ("train.steps=null", "train.steps and train.tokens are both missing; exactly one"),
@@ -279,8 +279,9 @@ def test_empty_sections_are_no_mistake(tmp_path: Path) -> None:
 
 def test_the_model_section_is_the_decoders_configuration() -> None:
     theirs = {field.name: field.default for field in dataclasses.fields(DecoderConfig) if field.name != "vocab_size"}
-    ours = {field.name: field.default for field in dataclasses.fields(Model)}
+    ours = {field.name: field.default for field in dataclasses.fields(SECTIONS["model"])}
     assert ours.pop("from_") is None
+    assert ours.pop("architecture") == "decoder"
     assert ours == theirs
 
 
