@@ -20,7 +20,7 @@ endif
 .PHONY: help install demo test lint format bench-char bench-train bench-multi30k bench-architectures bench-step-time bench-start figures clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install everything (TORCH_INDEX=URL for another torch build)
 
