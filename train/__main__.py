@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.signals import Signals
 
 # Before torch is imported: a thread that waits for another spins for some microseconds, which bridges the gap between
 # two operations, and then sleeps. By default it spins far longer; where another program wants the core (a browser on a
@@ -41,7 +45,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(path: str, overrides: list[str], *, dry_run: bool) -> int:
+    from train.signals import Interrupted, Signals, sentence
+
+    with Signals() as signals:  # before the imports that take seconds
+        try:
+            return _train(path, overrides, signals, dry_run=dry_run)
+        except Interrupted:
+            print(sentence(signals), file=sys.stderr)
+            return signals.status
+
+
+def _train(path: str, overrides: list[str], signals: Signals, *, dry_run: bool) -> int:
     from train.config import RecipeError, load
+    from train.guard import Diverged
 
     try:
         recipe = load(path, overrides)
@@ -53,11 +69,14 @@ def train(path: str, overrides: list[str], *, dry_run: bool) -> int:
             return 0
         from train.loop import run
 
-        return run(recipe)
+        return run(recipe, signals)
     except RecipeError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def evaluate(
     """The mean loss of `model` over a split, or its first `limit` targets, in windows of `context` tokens.
 
     The ranks share the batches. Each runs equally many, for the collectives that a sharded model makes in its forward.
+    Raises launch.Abandoned, on all of them, when one is asked to stop.
     """
     rows = max(1, LOGITS // (context * min(model.config.vocab_size, 4096)))
     batches = windows(split, context, rows=rows, limit=limit, eos_id=eos_id, document_mask=document_mask)
@@ -46,6 +47,7 @@ def evaluate(
     model.eval()
     total, count = 0.0, 0.0
     for group in _groups(batches, launch.world):
+        launch.check()
         mine = launch.rank < len(group)
         batch = {name: tensor.to(launch.device) for name, tensor in group[launch.rank if mine else 0].items()}
         with launch.accelerator.autocast():

@@ -10,43 +10,57 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from train import checkpoint, launch, plot, resume, task
 from train.checkpoint import Progress
-from train.config import Recipe
+from train.config import Recipe, RecipeError
 from train.estimate import peak_flops
+from train.guard import Diverged, Guard
 from train.metrics import Metrics
 from train.optim import make_optimizer
 from train.progress import Say, clock
 from train.schedule import factor
+from train.signals import Signals
 from train.task import Task
 from train.tracking import Tracker
+from train.writer import Writer
+
+SLOW = 5.0  # seconds of an update above which ranks ask each other between its micro-batches whether to stop
+SHARE = 0.01  # of the time that training may stand still for ephemeral checkpoints
 
 
-def run(recipe: Recipe) -> int:
-    """Train to the end of the recipe, or until a signal asks to stop. Returns the exit status. Raises RecipeError."""
+def run(recipe: Recipe, signals: Signals | None = None) -> int:
+    """Train to the end of the recipe, or until a signal asks to stop. Returns the exit status.
+
+    Raises RecipeError for what cannot run, signals.Interrupted for a signal before the first update, guard.Diverged.
+    """
     recipe = launch.settle(recipe)
-    here = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
-    resume_from = resume.find(recipe, run_dir)
-    return Trainer(task.make(recipe), here, run_dir, resume_from).train()
+    with nullcontext(signals) if signals is not None else Signals() as signals:
+        here = launch.start(recipe)
+        with here.watch, resume.Claim(recipe, run_dir, here) as claim:
+            learned = task.make(recipe)
+            found = claim.checkpoint.name if claim.checkpoint else None
+            here.agree("data", the_prepared_data=learned.fingerprint, the_checkpoint_to_continue_from=found)
+            return Trainer(learned, here, run_dir, claim.checkpoint, signals).train()
 
 
 class Trainer:
     """One rank's part of one run."""
 
-    def __init__(self, task: Task, here: launch.Launch, run_dir: Path, resume_from: Path | None):
-        self.task, self.here, self.run_dir = task, here, run_dir
+    def __init__(self, task: Task, here: launch.Launch, run_dir: Path, resume_from: Path | None, signals: Signals):
+        self.task, self.here, self.run_dir, self.signals = task, here, run_dir, signals
+        here.stopping = lambda: signals.number is not None
         self.recipe = recipe = task.recipe
         torch.manual_seed(recipe.run.seed)  # the same weights on every rank
         self.bare: nn.Module = task.model()
@@ -61,7 +75,13 @@ class Trainer:
         self.progress.data = task.fingerprint
         self.steps = recipe.total_steps
         self.peak = peak_flops(launch.device_name(here.device), recipe.train.dtype)
-        self.stopping = False
+        self.guard = Guard(recipe.optim.spike, self.progress.guard)
+        self.window = Window(self.progress.window)
+        self.writer = Writer(run_dir, recipe.checkpoint.keep) if here.main else None
+        self.saved_at = time.monotonic()
+        self.owed = False  # a checkpoint that is to be kept: due, and not yet begun or not proved to be good
+        self.unproved = False  # the one that is being written is to be kept
+        self.stop = self.due = self.slow = False  # what the ranks agreed on in the last update
 
     def train(self) -> int:
         recipe, here, progress = self.recipe, self.here, self.progress
@@ -72,29 +92,41 @@ class Trainer:
                     f"{self.run_dir} is finished: {progress.step} steps are done. Its model: {self.run_dir / 'model'}"
                 )
             return 0
-        if here.main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            aside = self.run_dir / f".config.yaml.writing-{os.getpid()}"
-            aside.write_text(recipe.to_yaml(), encoding="utf-8")
-            aside.replace(self.run_dir / "config.yaml")
-        self.metrics = Metrics(self.run_dir, resume_step=progress.step) if here.main else None
+        self._open()
         self.tracker = Tracker.start(recipe, self.run_dir, self.task.fingerprint, main=here.main)
-        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.say = Say(here.main, self.steps, progress.step)
         status = 1
         try:
             self._announce()
             self._loop()
-            self._finish()
-            status = 0
+            status = self._finish()
         finally:
+            if self.writer is not None:
+                self.writer.decide(False)  # an error came before its state was proved
+                self.writer.finish()
             self.say.close()
-            self.tracker.finish(status)
+            self.tracker.finish(0 if progress.step < self.steps and status == self.signals.status else status)
             if self.metrics is not None:
                 self.metrics.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         return status
+
+    def _open(self) -> None:
+        """The files of the run's folder. Raises RecipeError, on every rank, where it cannot be written."""
+        self.metrics: Metrics | None = None
+        problem = None
+        if self.here.main:
+            aside = self.run_dir / f".config.yaml.writing-{os.getpid()}"
+            try:
+                checkpoint.clean(self.run_dir)
+                aside.write_text(self.recipe.to_yaml(), encoding="utf-8")
+                aside.replace(self.run_dir / "config.yaml")
+                self.metrics = Metrics(self.run_dir, resume_step=self.progress.step)
+            except OSError as error:
+                with suppress(OSError):
+                    aside.unlink(missing_ok=True)
+                problem = f"run.dir is {self.run_dir}, and it cannot be written ({error.strerror or error})."
+        if self.here.any(problem is not None):
+            raise RecipeError([problem] if problem else [])
 
     # ------------------------------------------------------------ the loop
 
@@ -102,36 +134,37 @@ class Trainer:
         recipe, progress = self.recipe, self.progress
         began, first = time.perf_counter(), progress.step
         before = progress.seconds
-        window = Window()
         self.model.train()
+        if self._evaluation_is_due():  # the run was stopped in it
+            self._evaluate()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(self._batch, progress.step)
             while progress.step < self.steps:
+                self.here.watch.at(f"update {progress.step + 1}")
                 asked = time.perf_counter()
                 micro_batches = waiting.result()
-                window.waited += time.perf_counter() - asked
+                self.window.waited += time.perf_counter() - asked
                 waiting = pool.submit(self._batch, progress.step + 1)
-                self._update(micro_batches, window)
+                if not self._update(micro_batches, self.window):
+                    return
+                self.signals.training()
                 now = time.perf_counter()
                 progress.seconds = before + now - began
                 if progress.step % recipe.log.every == 0 or progress.step == self.steps:
                     left = (now - began) / (progress.step - first) * (self.steps - progress.step)
-                    self._log(window, now, left)
-                    window = Window()
+                    self._log(self.window, now, left)
+                    self.window = Window()
                 self.say.step(progress.step)
-                stopping = self.here.any(self.stopping)
-                due = recipe.eval.every is not None and progress.step % recipe.eval.every == 0
-                if due or (recipe.eval.every is not None and progress.step == self.steps):
-                    self._evaluate()
-                    began += time.perf_counter() - now  # not training time
-                    window.began += time.perf_counter() - now
-                if progress.step % recipe.checkpoint.every == 0 or progress.step == self.steps or stopping:
-                    now = time.perf_counter()
-                    self._checkpoint()
-                    began += time.perf_counter() - now
-                    window.began += time.perf_counter() - now
-                if stopping:
+                if self._evaluation_is_due() and not self._evaluate():
                     return
+                if self.stop:
+                    return
+                self.owed |= progress.step % recipe.checkpoint.every == 0
+                if progress.step < self.steps and self.guard.streak == 0 and (self.owed or self.due):
+                    self._begin_checkpoint()
+                self._report()
+                began += time.perf_counter() - now  # not training time
+                self.window.began += time.perf_counter() - now
 
     def _batch(self, update: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an update's global batch, on the device."""
@@ -140,37 +173,131 @@ class Trainer:
             for batch in self.task.micro_batches(update, self.here.rank, self.here.world)
         ]
 
-    def _update(self, micro_batches: list[dict[str, Tensor]], window: Window) -> None:
+    def _update(self, micro_batches: list[dict[str, Tensor]], window: Window) -> bool:
+        """One update, or none where its numbers are bad. False: given up, because a rank is asked to stop."""
         here, recipe, progress = self.here, self.recipe, self.progress
+        began = time.perf_counter()
         rate = factor(recipe.schedule, progress.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
         if self.task.config.dropout:
             launch.seed_step(recipe.run.seed, progress.step, here.rank)
         targets = self.task.targets(progress.step)  # of the global batch
+        checks = self._checks(len(micro_batches))
+        loss: Tensor | float = 0.0
+        nll: Tensor | float = 0.0
         for number, micro_batch in enumerate(micro_batches, 1):
+            if number <= checks and here.any(here.stopping()):
+                self.optimizer.zero_grad(set_to_none=True)
+                return False
             last = number == len(micro_batches)
+            if last:
+                here.watch.arrive()  # its gradients wait for the other ranks'
             with nullcontext() if last else here.accelerator.no_sync(self.model):
-                loss = self.model(micro_batch, self.task.smoothing)
+                found = self.model(micro_batch, self.task.smoothing)
                 # DDP and FSDP average gradients over the ranks; the sum is what is meant.
-                here.accelerator.backward(loss.total * (here.world / targets))
-            window.loss = window.loss + loss.total.detach()
-            window.nll = window.nll + loss.nll
+                here.accelerator.backward(found.total * (here.world / targets))
+            loss, nll = loss + found.total.detach(), nll + found.nll
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if math.isfinite(norm):
+        norm: Any = total.full_tensor() if isinstance(total, DTensor) else total
+        # One exchange an update tells every rank the same: what to judge by, and what to do after it.
+        loss, nll, norm, stop, due, seconds = here.sum(
+            [loss, nll, norm, here.stopping(), self._ephemeral_is_due(), time.perf_counter() - began]
+        )
+        loss, nll, norm = loss / targets, nll / targets, norm / here.world
+        self.stop, self.due, self.slow = stop > 0, due > 0, seconds / here.world > SLOW
+        reason = self.guard.judge(loss, norm)
+        self._prove(reason is None)
+        if reason is None:
             if recipe.optim.clip is not None and norm > recipe.optim.clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, recipe.optim.clip, total)
             self.optimizer.step()
-            window.norm = norm
-        else:
-            progress.skipped += 1
-            self.say.sentence(f"step {progress.step + 1}: the gradient is not finite ({norm}); the update is skipped.")
+            window.add(loss, nll, norm, targets)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += targets
         window.targets += targets
+        if reason is not None:
+            self._skip(reason, loss, norm)
+        return True
+
+    def _checks(self, own: int) -> int:
+        """Before how many of its micro-batches a rank asks whether to stop: equally many on each. Where updates are
+        short, before none: at their end it is asked anyway."""
+        here = self.here
+        if here.world == 1:
+            return own
+        return int(min(here.sum([own * (rank == here.rank) for rank in range(here.world)]))) if self.slow else 0
+
+    def _skip(self, reason: str, loss: float, norm: float) -> None:
+        """An update was left out: count it, say it, and end the run after too many in a row. Raises Diverged."""
+        progress, most = self.progress, self.recipe.optim.max_skips
+        progress.skipped += 1
+        self.say.sentence(f"step {progress.step}: {reason}; the update is skipped.")
+        self._record(
+            {"step": progress.step, "tokens": progress.tokens, "skip": reason, "skip_loss": loss, "skip_norm": norm}
+        )
+        if self.guard.streak < most:
+            return
+        if self.writer is not None:
+            self.writer.finish()
+        found = checkpoint.checkpoints(self.run_dir)
+        stands = f"the newest checkpoint is {found[0]}" if found else "there was no checkpoint yet"
+        raise Diverged(
+            f"{most} updates in a row were skipped, the last because {reason}; the run stops at step {progress.step}, "
+            f"and {stands}. A lower rate, a longer warm-up or cleaner data may help (optim.lr, schedule.warmup); "
+            "optim.max_skips says how many are too many."
+        )
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _ephemeral_is_due(self) -> bool:
+        """By the main rank's clock; less often where training would stand still for more than SHARE of the time."""
+        every = self.recipe.checkpoint.ephemeral
+        if self.writer is None or every is None:
+            return False
+        return time.monotonic() - self.saved_at >= max(every, self.writer.waited / SHARE)
+
+    def _snapshot(self, ephemeral: bool) -> checkpoint.Snapshot | None:
+        self.progress.guard, self.progress.window = self.guard.state(), self.window.state()
+        return checkpoint.snapshot(self.bare, self.optimizer, self.progress, main=self.here.main, ephemeral=ephemeral)
+
+    def _begin_checkpoint(self) -> None:
+        """Have the state written while the next update is computed."""
+        snapshot = self._snapshot(ephemeral=not self.owed)
+        if self.writer is not None and snapshot is not None:
+            self.writer.begin(snapshot)
+            self.signals.at_once = lambda: checkpoint.clean(self.run_dir)
+        self.unproved, self.owed = self.owed, False
+        self.saved_at = time.monotonic()
+
+    def _prove(self, good: bool) -> None:
+        """The state that is being written has been used for a forward and backward pass; now it may change."""
+        self.owed |= self.unproved and not good
+        self.unproved = False
+        if self.writer is not None:
+            self.writer.decide(good)
+            self.writer.release()
+
+    def _save(self, ephemeral: bool) -> str | None:
+        """Write the state now, unless its checkpoint stands. Why it failed, for every rank to know."""
+        here, writer = self.here, self.writer
+        here.watch.at(f"the checkpoint after update {self.progress.step}")
+        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.bare.parameters()]
+        broken = here.any(not all(bool(p.isfinite().all()) for p in parameters))
+        problem = "the weights are not finite" if broken else None
+        if writer is not None:
+            writer.decide(not broken)
+            writer.finish()
+        stands = here.any(writer is not None and writer.step == self.progress.step)
+        if not (broken or stands) and (snapshot := self._snapshot(ephemeral)) is not None:
+            try:
+                checkpoint.write(self.run_dir, snapshot, self.recipe.checkpoint.keep)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        failed = here.any(problem is not None)
+        return problem or ("the main rank could not write" if failed else None)
 
     # ------------------------------------------------------------ what is said and kept
 
@@ -190,16 +317,16 @@ class Trainer:
         self.say.sentence(self.tracker.describe())
 
     def _log(self, window: Window, now: float, left: float) -> None:
-        loss, nll = (total / window.targets for total in self.here.sum([window.loss, window.nll]))
+        loss, nll = window.means()
         seconds = now - window.began
         speed = window.targets / seconds
         mfu = speed * self.task.flops_per_target / (self.peak * self.here.world) if self.peak else None
         bytes_per_target = self.task.bytes_per_target
-        row = {
+        row: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "loss": loss,
-            "bits_per_byte": nll / math.log(2) / bytes_per_target if bytes_per_target else None,
+            "bits_per_byte": nll / math.log(2) / bytes_per_target if bytes_per_target and nll is not None else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": window.norm,
             "tokens_per_second": speed,
@@ -211,59 +338,116 @@ class Trainer:
         }
         if self.task.smoothing:
             row["nll"] = nll
-        if self.metrics is not None:
-            self.metrics.log(row)
-            self.tracker.log(row)
+        self._record(row)
         self.say.row(row, self.steps, left)
 
-    def _evaluate(self) -> None:
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        known = self.metrics.problem
+        self.metrics.log(row)
+        self.tracker.log(row)
+        if self.metrics.problem and not known:
+            self.say.sentence(
+                f"step {row['step']}: metrics.jsonl could not be written ({self.metrics.problem}); the rows are kept "
+                "until it can."
+            )
+
+    def _report(self) -> None:
+        """Say that a checkpoint could not be written; the run goes on."""
+        if self.writer is not None and (why := self.writer.reported()):
+            found = checkpoint.checkpoints(self.run_dir)
+            stands = f"{found[0].name} stays the newest" if found else "there is none yet"
+            self.say.sentence(
+                f"step {self.progress.step}: a checkpoint could not be written ({why}); {stands}, the run goes on, "
+                "and the next one is tried when it is due."
+            )
+
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.recipe.eval.every, self.progress.step
+        if every is None or step == 0 or self.progress.evaluated == step:
+            return False
+        return step % every == 0 or step == self.steps
+
+    def _evaluate(self) -> bool:
+        """Held-out loss, and the folder of the best model. False: given up, because a rank is asked to stop; the run
+        that continues begins with it."""
         progress, here = self.progress, self.here
+        here.watch.at(f"the evaluation after update {progress.step}")
         self.model.eval()
-        found = self.task.evaluate(self.model if here.fsdp2 else self.bare, here)
+        try:
+            found = self.task.evaluate(self.model if here.fsdp2 else self.bare, here)
+        except launch.Abandoned:
+            return False
+        finally:
+            self.model.train()
         if found is not None:
-            row = {"step": progress.step, "tokens": progress.tokens, **found.row}
-            if self.metrics is not None:
-                self.metrics.log(row)
-                self.tracker.log(row)
+            self._record({"step": progress.step, "tokens": progress.tokens, **found.row})
             best = progress.best_loss is None or found.loss < progress.best_loss
             self.say.sentence(f"step {progress.step}: {found.says}" + (", the best so far" if best else ""))
-            if best:
+            if best and (why := self._save_folder(self.run_dir / "model")) is not None:
+                self.say.sentence(f"step {progress.step}: its folder could not be written ({why}); the run goes on.")
+            elif best:
                 progress.best_loss, progress.best_step = found.loss, progress.step
-                self._save_folder(self.run_dir / "model")
-        if here.main and not here.fsdp2 and (samples := self.task.samples(self.bare)):
-            self.tracker.samples(progress.step, list(samples))
+        if here.main and not here.fsdp2:
+            self._show_samples()
+        self._draw()
+        progress.evaluated = progress.step
+        return True
+
+    def _show_samples(self) -> None:
+        self.model.eval()
+        if samples := self.task.samples(self.bare):
+            self.tracker.samples(self.progress.step, list(samples))
             first = samples[0]
             self.say.sentence(f"    {first[0]!r} -> {first[1][:200]!r}")
         self.model.train()
-        if here.main:
-            plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
 
-    def _checkpoint(self) -> None:
-        checkpoint.save(
-            self.run_dir, self.bare, self.optimizer, self.progress, self.recipe.checkpoint.keep, main=self.here.main
-        )
-        self.here.wait()
+    def _draw(self) -> None:
+        if self.here.main:
+            with suppress(OSError):  # a full disk: there is another picture later
+                plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
 
-    def _save_folder(self, folder: Path) -> None:
-        """The model as a Hugging Face folder, in the dtype that it was trained in."""
+    def _save_folder(self, folder: Path) -> str | None:
+        """The model as a Hugging Face folder, in the dtype that it was trained in. Why it failed, on every rank."""
         weights = checkpoint.gather(self.bare.state_dict(), self.here.main)
+        problem = None
         if self.here.main:
             dtype = torch.bfloat16 if self.recipe.train.dtype == "bf16" else torch.float32
-            self.task.save(self.bare, folder, weights, dtype, self.run_dir, self.progress.step)
-        self.here.wait()
+            try:
+                self.task.save(self.bare, folder, weights, dtype, self.run_dir, self.progress.step)
+            except (OSError, SafetensorError) as error:
+                problem = str(getattr(error, "strerror", None) or error)
+        failed = self.here.any(problem is not None)
+        return problem or ("the main rank could not write" if failed else None)
 
-    def _finish(self) -> None:
+    def _finish(self) -> int:
+        """The last checkpoint, and after the last step the model's folder. Returns the exit status."""
         progress = self.progress
-        if progress.step < self.steps:
+        ended = progress.step == self.steps
+        why = self._save(ephemeral=not ended)
+        if why is not None:
+            found = checkpoint.checkpoints(self.run_dir)
+            stands = f"The newest is {found[0].name}" if found else "There is none yet"
             self.say.sentence(
-                f"Stopped by a signal at step {progress.step}, with a checkpoint. The same command continues."
+                f"Ended at step {progress.step}, and its checkpoint could not be written ({why}). {stands}; what was "
+                "there stays, and the same command continues."
             )
-            return
-        self._save_folder(self.run_dir / "model-last")
-        if progress.best_loss is None:
-            self._save_folder(self.run_dir / "model")
+            return 1
+        if not ended:
+            by = self.signals.why or "by a signal to another rank"
+            self.say.sentence(f"Stopped {by} at step {progress.step}, with a checkpoint. The same command continues.")
+            return self.signals.status
+        folders = ["model-last"] + ["model"] * (progress.best_loss is None)
+        for name in folders:
+            if (why := self._save_folder(self.run_dir / name)) is not None:
+                self.say.sentence(
+                    f"All {progress.step} steps are done, and {self.run_dir / name} could not be written ({why}). The "
+                    "checkpoint stands; the same command writes it."
+                )
+                return 1
+        self._draw()
         if self.here.main:
-            plot.loss_curve(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
             figures: dict[str, object] = {
                 "steps": progress.step,
                 "tokens": progress.tokens,
@@ -275,18 +459,30 @@ class Trainer:
             self.tracker.summary(figures)
             self.tracker.image(progress.step, "train/loss_curve", self.run_dir / "loss.png")
         self.say.sentence(f"Done in {clock(progress.seconds)} of training. The model is {self.run_dir / 'model'}.")
-
-    def _stop(self, number: int, frame: object) -> None:
-        self.stopping = True
+        return 0
 
 
 class Window:
-    """What is summed between two log rows."""
+    """What is summed between two log rows, over all ranks. A run that is stopped between them takes it along."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
         self.began = time.perf_counter()
         self.waited = 0.0  # seconds without a batch
-        self.loss: Tensor | float = 0.0  # the objective in nats, this rank's
-        self.nll: Tensor | float = 0.0  # without label smoothing
-        self.targets = 0  # of all ranks
-        self.norm: float | None = None  # of the last update's gradient, before clipping
+        self.targets = 0  # since `began`
+        state = state or {}
+        self.loss: float = state.get("loss", 0.0)  # of the updates that were made: the objective in nats
+        self.nll: float = state.get("nll", 0.0)  # without label smoothing
+        self.counted: int = state.get("counted", 0)  # their targets
+        self.norm: float | None = state.get("norm")  # of the last one's gradient, before clipping
+
+    def state(self) -> dict[str, Any]:
+        return {"loss": self.loss, "nll": self.nll, "counted": self.counted, "norm": self.norm}
+
+    def add(self, loss: float, nll: float, norm: float, targets: int) -> None:
+        """An update that was made: nats a target."""
+        self.loss, self.nll = self.loss + loss * targets, self.nll + nll * targets
+        self.counted, self.norm = self.counted + targets, norm
+
+    def means(self) -> tuple[float | None, float | None]:
+        """Loss and nll, nats a target; None where no update was made."""
+        return (self.loss / self.counted, self.nll / self.counted) if self.counted else (None, None)

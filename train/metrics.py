@@ -2,6 +2,9 @@
 
 A resumed run repeats the steps after its checkpoint. Their old rows would stand twice, so opening the file for a run
 that goes on from step k first rewinds it: rows up to k stay, later ones move to `metrics.replayed.jsonl`.
+
+A disk that is full does not end a run and does not break the file: a row that could not be written whole is taken back
+and kept in memory, and goes before the next one that can be.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 FILE = "metrics.jsonl"
 REPLAYED = "metrics.replayed.jsonl"
@@ -20,30 +22,50 @@ Value = float | int | str | bool | None
 
 
 class Metrics:
-    """Appends rows to `RUN/metrics.jsonl`; each row is on disk (flushed) when `log` returns.
+    """Appends rows to `RUN/metrics.jsonl`; each row is in the file when `log` returns, unless `problem` says why not.
 
     Keys of a training row: `step` (updates done), `tokens` (trained on so far), `loss` (nats a token), `lr`,
     `grad_norm`, `tokens_per_second`, `mfu` (share of the peak, or null), `memory_gib`, `data_wait` (share of the time),
-    `seconds` (since the run began); an evaluation adds `validation_loss` and `validation_bits_per_byte`.
+    `seconds` (since the run began); an evaluation adds `validation_loss` and `validation_bits_per_byte`; an update that
+    was left out has `skip` (why), `skip_loss` and `skip_norm`.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
-        """Opens the file, rewound to rows with `step <= resume_step` (0: a new run, nothing stays)."""
+        """Opens the file, rewound to rows with `step <= resume_step` (0: a new run, nothing stays). Raises OSError."""
         self.path = Path(run_dir) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _rewind(self.path, resume_step)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self.problem: str | None = None  # why the newest rows are not in the file
+        self._waiting = b""  # these rows
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._size = os.fstat(self._file).st_size
 
     def log(self, row: Mapping[str, object]) -> None:
         """Appends one row. `step` must be in it; numbers that JSON cannot say (NaN, infinity) are written as null."""
         if "step" not in row:
             raise ValueError(f"a metrics row needs its step; got the keys {sorted(row)}")
-        self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({key: _plain(value) for key, value in row.items()}).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            written = os.write(self._file, self._waiting)
+            if written < len(self._waiting):  # the disk took what it had room for; the next byte says why
+                written += os.write(self._file, self._waiting[written:])
+            self.problem = None
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        if self.problem is None and written == len(self._waiting):
+            self._size, self._waiting = self._size + written, b""
+            return
+        self.problem = self.problem or "No space left on device"
+        os.ftruncate(self._file, self._size)  # to whole lines; making a file shorter needs no room
 
     def close(self) -> None:
-        """Closes the file; the rows are on disk already."""
-        self._file.close()
+        """Closes the file, after a last try to write what waits."""
+        if self._waiting:
+            self._flush()
+        os.close(self._file)
 
 
 def read(path: str | Path) -> list[dict]:
@@ -74,8 +96,11 @@ def _rewind(path: Path, step: int) -> None:
         with path.with_name(REPLAYED).open("a", encoding="utf-8") as aside:
             aside.writelines(json.dumps(row) + "\n" for row in replayed)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _plain(value: object) -> Value:

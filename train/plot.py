@@ -52,8 +52,11 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> bool:
 
     png_path = Path(png_path)
     fresh = png_path.with_name(f".{png_path.name}.{os.getpid()}")
-    figure.savefig(fresh, format="png")
-    fresh.replace(png_path)
+    try:
+        figure.savefig(fresh, format="png")
+        fresh.replace(png_path)
+    finally:
+        fresh.unlink(missing_ok=True)
     return True
 
 

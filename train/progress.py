@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -19,12 +21,17 @@ class Bar(Progress):
             yield Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read along has stopped; rich would end the process."""
+
+
 class Say:
-    """Prints on the main rank only. Sentences go above the bar."""
+    """Prints on the main rank only. Sentences go above the bar. A terminal that is gone is no reason to stop."""
 
     def __init__(self, main: bool, steps: int, done: int):
         self.main = main
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.bar: Bar | None = None
         if main and self.console.is_terminal:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
@@ -34,19 +41,20 @@ class Say:
 
     def sentence(self, text: str) -> None:
         if self.main:
-            self.console.print(text, markup=False)
+            with suppress(OSError):
+                self.console.print(text, markup=False)
 
     def step(self, done: int) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
 
-    def row(self, row: dict[str, float | int | None], steps: int, left: float) -> None:
+    def row(self, row: dict[str, Any], steps: int, left: float) -> None:
         """A log row as a line: loss, lr, gradient norm, tokens/s, MFU, memory, data wait, time left."""
-        mfu, norm = row.get("mfu"), row.get("grad_norm")
+        mfu, norm, loss = row.get("mfu"), row.get("grad_norm"), row["loss"]
         parts = [
-            f"loss {row['loss']:.4f}",
+            f"loss {loss:.4f}" if loss is not None else "loss n/a",  # no update since the last row was made
             f"lr {row['lr']:.2e}",
-            f"norm {norm:.2f}" if norm is not None else "norm n/a",  # no update since the last row was finite
+            f"norm {norm:.2f}" if norm is not None else "norm n/a",
             f"{row['tokens_per_second']:,.0f} tok/s",
             f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
             f"{row['memory_gib']:.2f} GiB",
@@ -56,11 +64,12 @@ class Say:
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], line="  ".join(parts), left=remaining)
         elif self.main:
-            self.console.print(f"step {row['step']}/{steps} | " + " | ".join([*parts, remaining]), markup=False)
+            self.sentence(f"step {row['step']}/{steps} | " + " | ".join([*parts, remaining]))
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):
+                self.bar.stop()
 
 
 def clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn, optim
 from train import checkpoint
 from train.checkpoint import Progress
 from train.config import Recipe, RecipeError
+from train.launch import Launch
+from train.live import Live
 from train.schema import show
 
 # What may differ when a run is continued: none of it changes what the steps before would have computed.
@@ -21,14 +24,56 @@ MAY_CHANGE = (
     "train.tokens",
     "train.micro_batch",
     "train.threads",
+    "train.timeout",
+    "optim.spike",
+    "optim.max_skips",
     "eval.",
     "checkpoint.",
     "log.",
 )
 
 
+class Claim:
+    """The run's folder, for this command alone, and the checkpoint in it to continue from. A context.
+
+    Only the main rank looks; what it finds, all do.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, here: Launch):
+        """Raises RecipeError where another command trains there, or where recipe and folder do not fit; on the other
+        ranks one without a sentence, which the main rank says."""
+        self.lock: Live | None = None
+        problems: list[str] | None = None
+        found: Path | None = None
+        if here.main:
+            try:
+                self.lock = Live(run_dir)
+                found = find(recipe, run_dir)
+            except RecipeError as error:
+                problems = error.problems
+        code = -1 if problems is not None else 0 if found is None else checkpoint.number(found) + 1
+        (told,) = here.sum([code if here.main else 0])
+        if told < 0:
+            self.close()
+            raise RecipeError(problems or [])
+        self.checkpoint = checkpoint.folder(run_dir, round(told) - 1) if told else None
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
 def find(recipe: Recipe, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from. Raises RecipeError where the recipe and the folder do not fit."""
+    """The checkpoint to continue from: the newest that is whole. Damaged ones are set aside, with a sentence.
+
+    Raises RecipeError where the recipe and the folder do not fit, or no checkpoint of the run can be used.
+    """
     found = checkpoint.checkpoints(run_dir)
     written = run_dir / "config.yaml"
     if recipe.run.resume == "never" and (found or written.exists()):
@@ -50,7 +95,25 @@ def find(recipe: Recipe, run_dir: Path) -> Path | None:
                 for key, old, new in differing
             ]
         )
-    return found[0]
+    return _newest_whole(found)
+
+
+def _newest_whole(found: list[Path]) -> Path:
+    problems = []
+    for folder in found:
+        try:
+            checkpoint.verify(folder)
+        except checkpoint.TooNew as error:  # whole, so going back behind it would lose what it holds
+            raise RecipeError([str(error)]) from None
+        except checkpoint.CheckpointError as error:
+            problems.append(str(error))
+        else:
+            for damaged, problem in zip(found, problems, strict=False):
+                checkpoint.set_aside(damaged)
+                print(f"{problem} The run goes on from {folder.name}.", file=sys.stderr, flush=True)
+            return folder
+    nothing_left = f"no checkpoint of {found[0].parent.parent} can be used; give another run.dir to begin again."
+    raise RecipeError([*problems, nothing_left])
 
 
 def load(folder: Path, model: nn.Module, optimizer: optim.Optimizer, fingerprint: str) -> Progress:

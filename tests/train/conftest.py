@@ -44,14 +44,14 @@ class Runner:
     def recipe(self, *overrides: str, name: str = "run") -> Recipe:
         return load(self.file, [f"run.dir={self.folder / name}", *overrides])
 
-    def __call__(self, *overrides: str, name: str = "run") -> list[dict[str, Any]]:
-        """Train in FOLDER/name with these overrides; the rows of its metrics.jsonl. The exit status must be 0."""
+    def __call__(self, *overrides: str, name: str = "run", status: int = 0) -> list[dict[str, Any]]:
+        """Train in FOLDER/name with these overrides; the rows of its metrics.jsonl. The exit status must be `status`."""
         from accelerate.state import AcceleratorState
 
         from train import loop
 
         AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the first run's precision
-        assert loop.run(self.recipe(*overrides, name=name)) == 0
+        assert loop.run(self.recipe(*overrides, name=name)) == status
         return read(self.folder / name / "metrics.jsonl")
 
 

@@ -230,21 +230,29 @@ def test_an_update_with_an_infinite_gradient_is_left_out(
 ) -> None:
     update = loop.Trainer._update
 
-    def poisoned(self: loop.Trainer, micro_batches: Any, window: Any) -> None:
+    def poisoned(self: loop.Trainer, micro_batches: Any, window: Any) -> bool:
         hook = None
         if self.progress.step in (4, 5):
             hook = self.bare.norm.weight.register_hook(lambda gradient: gradient * math.inf)
         before = {name: p.detach().clone() for name, p in self.bare.named_parameters()}
-        update(self, micro_batches, window)
+        made = update(self, micro_batches, window)
         if hook is not None:
             hook.remove()
             assert all(torch.equal(before[name], p) for name, p in self.bare.named_parameters())
+        return made
 
     monkeypatch.setattr(loop.Trainer, "_update", poisoned)
     rows = tiny("log.every=2")  # the third row's window has no update
     assert figures(rows, "skipped") == [0, 0, 2, 2, 2, 2]
-    assert rows[2]["grad_norm"] is None
-    assert all(math.isfinite(loss) for loss in figures(rows))
+    skips = [row for row in rows if "skip" in row]
+    assert [(row["step"], row["skip"], row["skip_norm"]) for row in skips] == [
+        (5, "the gradient is not finite (inf)", None),
+        (6, "the gradient is not finite (inf)", None),
+    ]
+    assert all(math.isfinite(row["skip_loss"]) for row in skips)
+    training = [row for row in rows if "loss" in row]
+    assert (training[2]["grad_norm"], training[2]["loss"]) == (None, None)
+    assert all(math.isfinite(row["loss"]) for row in training if row["step"] != 6)
     said = capsys.readouterr().out
     assert "step 5: the gradient is not finite" in said
     assert "norm n/a" in said
@@ -257,10 +265,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
     """Send this process a real signal in the middle of update `step`."""
     update = loop.Trainer._update
 
-    def stopped(self: loop.Trainer, *arguments: Any) -> None:
-        if self.progress.step == step - 1:
-            os.kill(os.getpid(), number)
-        update(self, *arguments)
+    def stopped(self: loop.Trainer, *arguments: Any) -> bool:
+        judge = self.guard.judge
+        if self.progress.step == step - 1:  # after its last micro-batch
+
+            def judged(*numbers: float) -> str | None:
+                os.kill(os.getpid(), number)
+                return judge(*numbers)
+
+            monkeypatch.setattr(self.guard, "judge", judged)
+        return update(self, *arguments)
 
     monkeypatch.setattr(loop.Trainer, "_update", stopped)
 
@@ -273,8 +287,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_call_goes_on(
     whole, handler = tiny(*options, name="whole"), signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, 6, number)
-        tiny(*options)
-    assert "Stopped by a signal at step 6, with a checkpoint. The same command continues." in capsys.readouterr().out
+        tiny(*options, status=128 + number)
+    said = f"Stopped by {signal.Signals(number).name} at step 6, with a checkpoint. The same command continues."
+    assert said in capsys.readouterr().out
     assert [path.name for path in checkpoint.checkpoints(tiny.folder / "run")] == ["step-6", "step-4"]
     assert not (tiny.folder / "run" / "model-last").exists()
     assert signal.getsignal(number) == handler
