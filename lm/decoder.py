@@ -16,12 +16,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm.attention import Attend, CausalAttend
 from lm.config import DecoderConfig
+from lm.dropout import dropout
 from lm.layers import MLP, RMSNorm, make_norm
 from lm.linear import Linear, linear
 from lm.loss import Loss, head_loss
@@ -73,8 +73,8 @@ class Block(nn.Module):
         return self.self_attn.project(self.input_layernorm(x), table if self.rotates else None)
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + F.dropout(self.self_attn.o_proj(mixed.flatten(-2)), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+        x = x + dropout(self.self_attn.o_proj(mixed.flatten(-2)), self.dropout, self.training)
+        return x + dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
     def forward(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
         q, k, v = self.before(x, table)
@@ -148,7 +148,7 @@ class DecoderLM(nn.Module):
         elif config.positions == "rotary":
             assert self.positions is not None
             table = self.positions[positions]
-        x = F.dropout(x, config.dropout, self.training)
+        x = dropout(x, config.dropout, self.training)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, table, attend, use_reentrant=False)

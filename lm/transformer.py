@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm.attention import explicit_attention, fused_attention
+from lm.dropout import dropout
 from lm.linear import Linear, linear
 from lm.loss import Loss, head_loss
 from lm.positions import sinusoidal_table
@@ -115,7 +116,7 @@ class Residual(nn.LayerNorm):
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """LayerNorm(x + Dropout(y)); pre: x + Dropout(y)."""
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + dropout(y, self.dropout, self.training)
         return self(x) if self.post else x
 
 
@@ -268,7 +269,7 @@ class Transformer(nn.Module):
             x = x + learned(positions)
         elif self.positions is not None:
             x = x + self.positions[positions].to(x.dtype)
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     def encode(self, src: Tensor, mask: Tensor | None = None, record: AttentionTrace | None = None) -> Tensor:
         """src int64 [B, S]; mask bool [B, 1, S], True = may be attended to, None for all -> memory [B, S, width]."""
