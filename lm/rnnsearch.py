@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.additive import AdditiveAttention, Aligned, Alignment, align
+from lm.dropout import dropout
 from lm.gated import GatedUnit, scan
 from lm.linear import Linear, linear
 from lm.loss import IGNORE, Loss, head_loss
@@ -104,7 +105,7 @@ class RNNSearch(nn.Module):
             self.attention = AdditiveAttention(n, config.memory, config.energy, bias)
         self.decoder_unit = GatedUnit(m, n, config.memory, bias)
         self.readout = DeepOutput(config)
-        self.lm_head = Linear(config.maxout, config.target_vocab, bias=bias)  # W_o
+        self.lm_head = Linear(config.maxout, config.target_vocab, bias=False)  # W_o
         self.initialise()
 
     @torch.no_grad()
@@ -123,35 +124,31 @@ class RNNSearch(nn.Module):
 
     def embed_source(self, src: Tensor) -> Tensor:
         """int64 [...] -> E x [..., m]."""
-        return F.dropout(self.src_embed(src), self.config.dropout, self.training)
+        return dropout(self.src_embed(src), self.config.dropout, self.training)
 
     def embed_target(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> E y [..., m]."""
         table = self.src_embed if self.config.share_embeddings else self.tgt_embed
-        return F.dropout(table(tokens), self.config.dropout, self.training)
+        return dropout(table(tokens), self.config.dropout, self.training)
 
     def logits(self, deep: Tensor) -> Tensor:
         """t [..., l] -> [..., target vocab]."""
-        return self.lm_head(F.dropout(deep, self.config.dropout, self.training))
+        return self.lm_head(dropout(deep, self.config.dropout, self.training))
 
     def encode(self, src: Tensor, src_mask: Tensor) -> tuple[Tensor, Tensor]:
         """src int64 [B, S], src_mask bool [B, S], True cells first -> what the decoder may look at and s_0 [B, n].
 
         That is the annotations [B, S, 2n], 0 at padding; or the fixed context [B, 1, n].
         """
-        n = self.config.hidden
-        x = self.embed_source(src.t())  # [S, B, m]
-        both = torch.stack((self.forward_unit.read(x), self.backward_unit.read(x).flip(0)))  # [2, S, B, 3n]
-        padding = torch.stack((~src_mask.t(), ~src_mask.t().flip(0))).unsqueeze(-1)
-        # A closed gate carries a state over padding: the backward unit begins at the last real token.
-        closed = both[..., :n].masked_fill(padding, -torch.inf)
+        x, real = self.embed_source(src.t()), src_mask.t()  # [S, B, m], [S, B]
         units = self.forward_unit, self.backward_unit
         states = scan(
-            torch.cat((closed, both[..., n:]), dim=-1),
-            x.new_zeros(2, src.shape[0], n),
+            torch.stack((self.forward_unit.read(x), self.backward_unit.read(x.flip(0)))),  # [2, S, B, 3n]
+            x.new_zeros(2, src.shape[0], self.config.hidden),
             torch.stack([unit.gates() for unit in units]),
             torch.stack([unit.U for unit in units]),
             product_dtype(x),
+            torch.stack((real, real.flip(0))),  # so the backward unit begins at the last real token
         )
         s = torch.tanh(self.initial(states[1, -1])).float()
         if self.config.fixed_context:
@@ -191,12 +188,8 @@ class RNNSearch(nn.Module):
         y = self.embed_target(batch["tgt_input"])
         deep, _ = self.decode(y, s, memory, self.project(memory), batch["src_mask"])
         asked = batch["tgt_output"] != IGNORE
-        deep = F.dropout(deep[asked], self.config.dropout, self.training)
-        weight = self.lm_head.weight
-        if self.lm_head.bias is not None:  # as the weights of one more input, which is always 1
-            deep = F.pad(deep, (0, 1), value=1.0)
-            weight = torch.cat((weight, self.lm_head.bias.unsqueeze(1)), dim=1)
-        return head_loss(deep, weight, batch["tgt_output"][asked], smoothing=smoothing)
+        deep = dropout(deep[asked], self.config.dropout, self.training)
+        return head_loss(deep, self.lm_head.weight, batch["tgt_output"][asked], smoothing=smoothing)
 
     def room(self, source_tokens: int) -> int:
         """How many tokens can be decoded after a source of so many. Raises ValueError for one that cannot be read."""
