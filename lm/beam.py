@@ -85,7 +85,7 @@ class BeamParams:
     max_tokens: int | None = (
         None  # end token included; None: 50 more than the source has. Never beyond the model's room
     )
-    min_tokens: int = 0  # no end before this many; min_tokens = max_tokens decodes exactly so many
+    min_tokens: int = 0  # as many come before an end; min_tokens = max_tokens decodes exactly so many
 
     def __post_init__(self) -> None:
         def check(good: bool, sentence: str) -> None:
@@ -286,7 +286,7 @@ def _continuations(logits: Tensor, params: BeamParams, stops: Sequence[int], ste
     may come before them.
     """
     norm = logits.logsumexp(dim=-1, keepdim=True)
-    if step < params.min_tokens and stops:
+    if step <= params.min_tokens and stops:
         logits[:, list(stops)] = -torch.inf
     count = params.beam + len(stops)
     if params.scorer.competes:

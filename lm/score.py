@@ -195,7 +195,7 @@ def read_pairs(source: str | None, target: str | None) -> list[tuple[str, str]]:
             raise ValueError(f"{name} cannot be read: {error.strerror}.") from None
     if len(texts[0]) != len(texts[1]):
         raise ValueError(
-            f"{source} has {len(texts[0])} lines and {target} {len(texts[1])}; there must be one target for each source."
+            f"{source} has {len(texts[0])} lines and {target} {len(texts[1])}; each source must have one target."
         )
     return list(zip(*texts, strict=True))
 

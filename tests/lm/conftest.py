@@ -93,3 +93,46 @@ def named() -> Callable[[str], DecoderLM]:
 def tokens() -> torch.Tensor:
     """int64 [3, 24]."""
     return torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def translators() -> dict[str, Callable[[], Any]]:
+    """Small models that translate, one of each kind; token 1 begins a target, 2 ends one. Vocabulary 24, room for 60."""
+    from lm.rnnsearch import RNNSearch
+    from lm.rnnsearch_config import RNNSearchConfig
+    from lm.transformer import Transformer
+    from lm.transformer_config import TransformerConfig
+
+    common: dict[str, Any] = {"vocab_size": 24, "context": 60}
+    transformer = common | {"start_id": 1, "encoder_layers": 2, "decoder_layers": 2, "width": 32, "heads": 4}
+    rnn = common | {"start_id": 1, "hidden": 24, "embedding": 16, "maxout": 12}
+    decoder = common | {"layers": 2, "width": 32, "heads": 4}
+    return {
+        "rnnsearch": lambda: RNNSearch(RNNSearchConfig(**rnn)),
+        "rnnencdec": lambda: RNNSearch(RNNSearchConfig(**rnn, fixed_context=True)),
+        "transformer": lambda: Transformer(TransformerConfig(**transformer, mlp_width=48)),
+        "transformer-pre": lambda: Transformer(
+            TransformerConfig(**transformer, mlp_width=48, norm="pre", positions="learned", tie_embeddings="none")
+        ),
+        "decoder": lambda: DecoderLM(DecoderConfig(**decoder)),
+        "decoder-prefix": lambda: DecoderLM(DecoderConfig(**decoder, prefix=True)),
+    }
+
+
+TRANSLATORS = ("rnnsearch", "rnnencdec", "transformer", "transformer-pre", "decoder", "decoder-prefix")
+
+
+@cache
+def translator(name: str) -> Any:
+    """With weights large enough that outputs differ and some of them end."""
+    torch.manual_seed(1)
+    model = translators()[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2).add_(0.5 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=TRANSLATORS)
+def translator_model(request: pytest.FixtureRequest) -> Any:
+    """A translator of each kind in turn, made once; a test must not change it."""
+    return translator(request.param)
