@@ -15,6 +15,7 @@ class Architecture:
     """Where an architecture's classes are, and the names under which its folders are known."""
 
     name: str
+    title: str  # what it is, in a sentence
     config: str  # module:class
     model: str  # module:class
     folder: str  # of `architectures` in config.json
@@ -34,9 +35,17 @@ class Architecture:
 ARCHITECTURES = {
     each.name: each
     for each in (
-        Architecture("decoder", "lm.config:DecoderConfig", "lm.decoder:DecoderLM", "HeedForCausalLM", "heed"),
+        Architecture(
+            "decoder",
+            "a decoder-only model",
+            "lm.config:DecoderConfig",
+            "lm.decoder:DecoderLM",
+            "HeedForCausalLM",
+            "heed",
+        ),
         Architecture(
             "transformer",
+            "an encoder-decoder",
             "lm.transformer_config:TransformerConfig",
             "lm.transformer:Transformer",
             "HeedTransformer",
@@ -44,6 +53,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "rnnsearch",
+            "a recurrent encoder-decoder",
             "lm.rnnsearch_config:RNNSearchConfig",
             "lm.rnnsearch:RNNSearch",
             "HeedRNNSearch",

@@ -1,7 +1,8 @@
 """Architectures of other tools, each as one two-way table: config keys, weight names, how weights are turned and split.
 
 A decoder whose mathematics is one of theirs is saved under their name and read by every tool; any other is
-HeedForCausalLM. `lm.pretrained` reads and writes the files; this module touches none.
+HeedForCausalLM. The encoder-decoders have no relatives: HeedTransformer and HeedRNNSearch. `lm.pretrained` reads and
+writes the files; this module touches none.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm.architectures import ARCHITECTURES, Architecture
 from lm.config import ROPE_SCALINGS, DecoderConfig
 
-OWN_ARCHITECTURE = "HeedForCausalLM"
+OWN_ARCHITECTURE = ARCHITECTURES["decoder"].folder
 Values = dict[str, Any]
 Weights = dict[str, Tensor]
 
@@ -31,12 +33,13 @@ class Family:
     `pack` and `unpack` the weights (by name, our state dict to the file's and back). Reading raises FolderError or
     KeyError."""
 
-    architecture: str
-    is_ours: Callable[[DecoderConfig], bool]
-    write: Callable[[DecoderConfig], Values]
+    architecture: str  # as config.json names it
+    is_ours: Callable[[Any], bool]
+    write: Callable[[Any], Values]
     read: Callable[[Values], Values]
     pack: Callable[[Weights], Weights]
     unpack: Callable[[Weights], Weights]
+    of: str = "decoder"  # which of lm.architectures it is
 
 
 # ---------------------------------------------------------------- Llama and its relatives
@@ -72,7 +75,7 @@ class _Relative:
 def _relative(architecture: str, kind: _Relative) -> Family:
     return Family(
         architecture,
-        lambda config: _is_relative(config, kind),
+        lambda config: config.architecture == "decoder" and _is_relative(config, kind),
         lambda config: _write_relative(config, kind),
         lambda raw: _read_relative(dict(kind.defaults) | raw, kind),
         _pack_llama,
@@ -355,18 +358,51 @@ def write_own(config: DecoderConfig) -> Values:
         "max_position_embeddings": config.context,
         "tie_word_embeddings": config.tie_embeddings,
     }
-    return {"model_type": "heed", **asdict(config), **general}
+    return {"model_type": ARCHITECTURES["decoder"].model_type, **asdict(config), **general}
 
 
 def read_own(raw: Values) -> Values:
     """The DecoderConfig fields among the keys."""
-    optional = {field.name for field in fields(DecoderConfig) if field.name not in _own_required()}
-    required = {name: raw[name] for name in _own_required()}
-    return required | {name: value for name, value in raw.items() if name in optional}
+    return _fields_among(raw, DecoderConfig)
 
 
-def _own_required() -> list[str]:
-    return [field.name for field in fields(DecoderConfig) if field.default is MISSING]
+def _fields_among(raw: Values, kind: Any) -> Values:
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    optional = {field.name for field in fields(kind)} - required
+    return {name: raw[name] for name in required} | {name: raw[name] for name in optional if name in raw}
+
+
+# The names under which transformers knows what an encoder-decoder's config says under ours.
+_GENERAL = {"decoder_start_token_id": "start_id", "max_position_embeddings": "context"}
+
+
+def _encoder_decoder(kind: Architecture) -> Family:
+    def write(config: Any) -> Values:
+        ours = asdict(config)
+        general = {theirs: ours[name] for theirs, name in _GENERAL.items()}
+        del ours["start_id"]
+        return {"model_type": kind.model_type, "is_encoder_decoder": True, **ours, **general}
+
+    def read(raw: Values) -> Values:
+        if raw.get("is_encoder_decoder", True) is not True:
+            raise FolderError(f"is_encoder_decoder is {raw['is_encoder_decoder']!r}; of a {kind.folder} it is true.")
+        for theirs, name in _GENERAL.items():
+            if name in raw and raw.get(theirs, raw[name]) != raw[name]:
+                raise FolderError(f"{theirs} is {raw[theirs]!r} and {name} {raw[name]!r}; they must be the same.")
+        named = {name: raw[theirs] for theirs, name in _GENERAL.items() if theirs in raw}
+        if "decoder_start_token_id" not in raw and "start_id" not in raw:
+            raise KeyError("decoder_start_token_id")
+        return _fields_among(named | raw, kind.config_class)
+
+    return Family(
+        kind.folder,
+        lambda config: config.architecture == kind.name,
+        write,
+        read,
+        lambda weights: {f"model.{name}": tensor for name, tensor in weights.items()},
+        lambda weights: {name.removeprefix("model."): tensor for name, tensor in weights.items()},
+        of=kind.name,
+    )
 
 
 # ---------------------------------------------------------------- all of them
@@ -404,20 +440,28 @@ FAMILIES = (
             defaults=(("num_key_value_heads", 4), ("rope_theta", 2e6), ("tie_word_embeddings", True)),
         ),
     ),
-    Family("GPT2LMHeadModel", _is_gpt2, _write_gpt2, _read_gpt2, _pack_gpt2, _unpack_gpt2),
+    Family(
+        "GPT2LMHeadModel",
+        lambda config: config.architecture == "decoder" and _is_gpt2(config),
+        _write_gpt2,
+        _read_gpt2,
+        _pack_gpt2,
+        _unpack_gpt2,
+    ),
     Family(
         OWN_ARCHITECTURE,
-        lambda config: True,
+        lambda config: config.architecture == "decoder",
         write_own,
         read_own,
         lambda weights: {f"model.{name}": tensor for name, tensor in weights.items()},
         _unpack_llama,
     ),
+    *(_encoder_decoder(kind) for name, kind in ARCHITECTURES.items() if name != "decoder"),
 )
 
 
-def family_of(config: DecoderConfig, preferred: str | None = None) -> Family:
-    """The family of the architecture `preferred` if the decoder's mathematics is its, else the first whose it is; ours
+def family_of(config: Any, preferred: str | None = None) -> Family:
+    """The family of the architecture `preferred` if the model's mathematics is its, else the first whose it is; ours
     is the last resort.
     """
     possible = [family for family in FAMILIES if family.is_ours(config)]

@@ -75,13 +75,12 @@ def write(model: DecoderLM, tokenizer: Tokenizer | None, file: str | os.PathLike
 
 def _architecture(config: DecoderConfig) -> str:
     name = _NAMES.get(family_of(config).architecture)
-    scaling = (config.rope_scaling or {}).get("rope_type")
     if name is None or any(config.windows()) or (name == "qwen3" and config.bias != "none"):
         raise FolderError(
             f"The model is a {family_of(config).architecture}; what can be written as GGUF are "
             f"{', '.join(_NAMES)} without sliding windows."
         )
-    if scaling == "yarn":
+    if (config.rope_scaling or {}).get("rope_type") == "yarn":
         known = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
         if other := sorted(set(config.rope_scaling or {}) - known):
             raise FolderError(f"rope_scaling has {', '.join(other)}; GGUF has no key for it.")

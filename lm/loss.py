@@ -36,7 +36,7 @@ def head_loss(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     device = hidden.device.type
     if device == "cpu" and not torch.compiler.is_compiling():
-        # The head is most of a small model's work, and padding and sources need none. (A GPU would have to be waited for.)
+        # The head is most of a small model's work; padding and sources need none. (A GPU would have to be waited for.)
         asked = targets != IGNORE
         if not bool(asked.all()):
             rows = asked.nonzero().squeeze(1)

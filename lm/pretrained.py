@@ -1,8 +1,8 @@
 """Models on disk: Hugging Face folders (config.json, model.safetensors, generation_config.json) and GGUF files.
 
 A decoder whose mathematics is another family's is saved under that family's name and weight names (lm.families), so
-that every tool reads it with no code of ours; any other decoder is saved as HeedForCausalLM. Parameters are stored
-unfused. GGUF files are read by lm.gguf.
+that every tool reads it with no code of ours; any other decoder is saved as HeedForCausalLM, the encoder-decoders as
+HeedTransformer and HeedRNNSearch. Parameters are stored unfused. GGUF files are read by lm.gguf.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from lm.config import ConfigError, DecoderConfig
-from lm.decoder import DecoderLM
+from lm.architectures import ARCHITECTURES, make_config, make_model
+from lm.config import ConfigError
 from lm.families import FAMILIES, OWN_ARCHITECTURE, Family, FolderError, Values, Weights, family_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ SHARD_BYTES = 5 * 10**9  # a file of weights is split above this size, as the hu
 
 
 def save(
-    model: DecoderLM,
+    model: Any,
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
@@ -56,7 +56,7 @@ def save(
     extra: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the folder, aside and renamed: a folder that exists is complete. `dtype` is the one it is meant to be
+    """Write a model's folder, aside and renamed: a folder that exists is complete. `dtype` is the one it is meant to be
     served in.
 
     tokenizer: saved beside the weights; its EOS and BOS ids go into the configs (none is legal). weights: the state
@@ -92,21 +92,26 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> DecoderLM:
-    """The decoder of a folder or a GGUF file, in `dtype` (None: own_dtype), ready for inference (`eval`). Raises
-    FolderError.
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    only: str | None = None,
+) -> Any:
+    """The model of a folder or a GGUF file, in `dtype` (None: own_dtype), ready for inference (`eval`). Raises
+    FolderError; also, where `only` names one of lm.architectures, for a model of another.
     """
     path = Path(path)
     if path.is_file():
         from lm import gguf
 
+        _check_architecture(path, "decoder", "a GGUF file", only)
         file = gguf.read(path)
         config = gguf.decoder_config(file)
         weights = gguf.weights(file, config, dtype or gguf.own_dtype(file))
         kind = f"a GGUF file of {file.architecture}"
     else:
-        config, family, raw = _read_config(path)
+        config, family, raw = _read_config(path, only)
         stored = _read_weights(path, dtype or _dtype(path, raw))
         try:
             weights = family.unpack(stored)
@@ -116,14 +121,16 @@ def load(
     return _assemble(path, config, weights, device, kind)
 
 
-def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
-    """The decoder that a folder's config.json, or a GGUF file's metadata, describes. Raises FolderError."""
+def read_config(path: str | os.PathLike[str], *, only: str | None = None) -> Any:
+    """The config of the model that a folder's config.json, or a GGUF file's metadata, describes. Raises FolderError;
+    also, where `only` names one of lm.architectures, for a model of another."""
     path = Path(path)
     if path.is_file():
         from lm import gguf
 
+        _check_architecture(path, "decoder", "a GGUF file", only)
         return gguf.decoder_config(gguf.read(path))
-    return _read_config(path)[0]
+    return _read_config(path, only)[0]
 
 
 def read_architecture(path: str | os.PathLike[str]) -> str | None:
@@ -182,13 +189,13 @@ def read_generation(folder: str | os.PathLike[str]) -> Values:
 # ---------------------------------------------------------------- from a config and weights to a model
 
 
-def _assemble(path: Path, config: DecoderConfig, weights: Weights, device: torch.device | str, kind: str) -> DecoderLM:
-    if config.tie_embeddings:
+def _assemble(path: Path, config: Any, weights: Weights, device: torch.device | str, kind: str) -> Any:
+    if config.architecture == "decoder" and config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     _check_size(path, config, weights)
     try:
         with _Uninitialised():
-            model = DecoderLM(config)
+            model = make_model(config)
     except (MemoryError, RuntimeError):
         raise FolderError(f"{path}: the config's model does not fit into memory.") from None
     expected = model.state_dict()
@@ -201,20 +208,22 @@ def _assemble(path: Path, config: DecoderConfig, weights: Weights, device: torch
             have, want = tuple(weights[key].shape), tuple(tensor.shape)
             raise FolderError(f"{path}: the tensor {key} has shape {have}; the config asks for {want}.")
     model.load_state_dict({key: t.to(device).contiguous() for key, t in weights.items()}, assign=True)
-    if model.positions is not None:
-        model.positions = model.positions.to(device)
+    for name, table in model.named_buffers():  # of positions, which are computed and in no file
+        setattr(model, name, table.to(device))
     return model.eval()
 
 
-def _check_size(path: Path, config: DecoderConfig, weights: Weights) -> None:
+def _check_size(path: Path, config: Any, weights: Weights) -> None:
     """Refuse a shape far beyond what is stored before anything of its size is made: a broken file must cost nothing."""
     asked, stored = config.parameters()["total"], sum(tensor.numel() for tensor in weights.values())
-    if asked > 2 * stored + 10**6 or config.layers > len(weights):
+    layers = sum(getattr(config, name, 0) for name in ("layers", "encoder_layers", "decoder_layers"))
+    if asked > 2 * stored + 10**6 or layers > len(weights):
         raise FolderError(
-            f"{path}: the config asks for {asked} parameters in {config.layers} layers; the weights hold {stored}."
+            f"{path}: the config asks for {asked} parameters in {layers} layers; the weights hold {stored}."
         )
-    width = config.dim if config.positions == "rotary" else config.width
-    table = 10 * config.context * width if config.positions in ("rotary", "sinusoidal") else 0
+    positions = getattr(config, "positions", "none")
+    width = {"rotary": lambda: config.dim, "sinusoidal": lambda: config.width}.get(positions, lambda: 0)()
+    table = 10 * config.context * width
     if table > 2**30 and table > _free_bytes():
         raise FolderError(f"{path}: context is {config.context}; its table of positions does not fit into memory.")
 
@@ -242,7 +251,7 @@ class _Uninitialised(TorchFunctionMode):
 # ---------------------------------------------------------------- a folder's files
 
 
-def _read_config(path: Path) -> tuple[DecoderConfig, Family, Values]:
+def _read_config(path: Path, only: str | None = None) -> tuple[Any, Family, Values]:
     file = path / "config.json"
     if not path.is_dir():
         raise FolderError(
@@ -263,8 +272,9 @@ def _read_config(path: Path) -> tuple[DecoderConfig, Family, Values]:
     if raw.get("quantization_config") is not None:
         raise FolderError(f"{file}: quantization_config is given; weights must be {', '.join(DTYPES)}.")
     family = by_name[names[0]]
+    _check_architecture(path, family.of, f"a {family.architecture}", only)
     try:
-        return DecoderConfig(**family.read(raw)), family, raw
+        return make_config(family.of, family.read(raw)), family, raw
     except KeyError as error:
         raise FolderError(f"{file}: the key {error.args[0]} is missing; a {family.architecture} needs it.") from None
     except ConfigError as error:
@@ -273,6 +283,12 @@ def _read_config(path: Path) -> tuple[DecoderConfig, Family, Values]:
         raise FolderError(f"{file}: {error}") from None
     except (AttributeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise FolderError(f"{file}: a value has the wrong type ({error}).") from None
+
+
+def _check_architecture(path: Path, architecture: str, name: str, only: str | None) -> None:
+    if only not in (None, architecture):
+        is_a, wanted = ARCHITECTURES[architecture].title, ARCHITECTURES[only].title
+        raise FolderError(f"{path} is {name}, {is_a}; it must be {wanted}.")
 
 
 def _dtype(path: Path, raw: Mapping[str, Any]) -> torch.dtype:

@@ -37,7 +37,7 @@ def complete(flat: dict[str, Any], problems: list[str]) -> DecoderConfig | None:
     from lm import pretrained  # torch, which a recipe without model.from does not need
 
     try:
-        start = pretrained.read_config(folder)
+        start = pretrained.read_config(folder, only="decoder")
     except pretrained.FolderError as error:
         problems.append(f"model.from is {show(folder)}: {error}")
         return None

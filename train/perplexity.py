@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
 
 def report(options: argparse.Namespace) -> list[str]:
     """The lines that are printed. Raises ValueError, one sentence, for what cannot be as asked."""
-    config = pretrained.read_config(options.folder)
+    config = pretrained.read_config(options.folder, only="decoder")
     context = min(config.context, MOST_CONTEXT) if options.context is None else options.context
     if not 2 <= context <= config.context:
         raise ValueError(f"--context is {context}; it must be at least 2 and at most the model's, {config.context}.")

@@ -102,7 +102,7 @@ CASES: list[tuple[str, str, Break, str]] = [
         "llama",
         lambda f: change(f, architectures=["MambaForCausalLM"]),
         "FOLDER/config.json: architectures is ['MambaForCausalLM']; the supported ones are GPT2LMHeadModel, "
-        "HeedForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3For",
+        "HeedForCausalLM, HeedRNNSearch, HeedTransformer, LlamaForCausalLM, MistralForCausalLM, Qwen2",
     ),
     ("nested", "llama", lambda f: change(f, architectures=[["x"]]), "FOLDER/config.json: architectures is [['x']]; "),
     (
