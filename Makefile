@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench-char bench-train bench-multi30k bench-architectures bench-step-time bench-start figures clean
+.PHONY: help install demo test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-step-time bench-start figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: $(STAMP) ## train a small language model on Shakespeare, serve it, talk to
 test: $(STAMP) ## run all tests
 	@$(PY) scripts/fetch.py smollm2 || echo "The tests that need this model are skipped."
 	$(PY) -m pytest
+
+test-browser: $(STAMP) ## run the tests of the pages in a real browser (Debian: apt install chromium chromium-driver)
+	$(PY) -m pytest tests/browser
 
 lint: $(STAMP) ## ruff and the type checker
 	$(PY) -m ruff check .

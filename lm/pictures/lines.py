@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from unicodedata import east_asian_width
 
 from lm.pictures.canvas import COLOURS, POINTS, every, figure, font_points, heading, plain, size_of
 from lm.trace import Maps
@@ -84,8 +85,9 @@ def lines(
                     texts[-1].set_bbox({"facecolor": "0.85", "edgecolor": "none", "pad": 1.2})
     plain(texts, points)
     text = heading(kind, layer, heads[0] if len(heads) == 1 else None) if title is None else title
-    depth = max(len(token) for token in keys) * points / POINTS * 0.68 + 0.2  # of the tokens below, at most
-    _name(axes, text, heads, width, -depth)
+    # Of the tokens below, about: a letter is 0.62 of its height wide, an East Asian one as wide as it is high.
+    depth = max(sum(1.0 if east_asian_width(c) in "WF" else 0.62 for c in token) for token in keys) * points / POINTS
+    _name(axes, text, heads, width, -depth - 0.25)
     return made
 
 

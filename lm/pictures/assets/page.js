@@ -102,7 +102,7 @@
     const kind = kindNow(), grid = $("grid"), rows = kind.layers.length, columns = kind.heads.length;
     grid.replaceChildren();
     $("overview").hidden = rows * columns === 1;
-    const side = Math.max(20, Math.min(64, Math.floor(560 / columns)));
+    const side = Math.max(20, Math.min(64, Math.floor(Math.min(560, innerWidth - 80) / columns) - 8));
     const ratio = Math.max(kind.q, kind.k), wide = Math.max(6, (side * kind.k) / ratio), high = Math.max(6, (side * kind.q) / ratio);
     grid.style.gridTemplateColumns = `auto repeat(${columns}, auto)`;
     make("span", { class: "name", "aria-hidden": "true" }, "", grid);
@@ -297,7 +297,7 @@
       drawn.sort((a, b) => a[0] - b[0]); // the strongest on top
       for (const [weight, i, j, h] of drawn) {
         const w = weight / 255;
-        make("line", { x1: left, y1: middle(i, kind.q), x2: left + between, y2: middle(j, kind.k), stroke: colour(h),
+        make("line", { x1: left, y1: middle(i, kind.q), x2: left + between + (only === null ? bars : 0), y2: middle(j, kind.k), stroke: colour(h),
           "stroke-opacity": w.toFixed(3), "stroke-width": (0.7 + 2.3 * w).toFixed(2) }, null, beams);
         if (only !== null)
           make("rect", { x: left + between + 3 + state.heads.indexOf(h) * bar, y: middle(j, kind.k) - step / 2 + 2, width: bar,
