@@ -45,7 +45,7 @@ class Runner:
         return load(self.file, [f"run.dir={self.folder / name}", *overrides])
 
     def __call__(self, *overrides: str, name: str = "run", status: int = 0) -> list[dict[str, Any]]:
-        """Train in FOLDER/name with these overrides; the rows of its metrics.jsonl. The exit status must be `status`."""
+        """Train in FOLDER/name with these overrides; the rows of its metrics.jsonl. `status`: the exit status to be."""
         from accelerate.state import AcceleratorState
 
         from train import loop

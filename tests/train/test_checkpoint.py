@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lm import DecoderConfig, DecoderLM
-from train import checkpoint
+from train import checkpoint, tensorfile
 from train.checkpoint import CheckpointError, Progress, checkpoints
 from train.config import Optim
-from train.optim import MuonAdamW, make_optimizer
+from train.optim import Optimizer, make_optimizer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -32,19 +32,19 @@ SHAPE: dict[str, Any] = {
 TOKENS = torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(3))
 
 
-def build(name: str = "muon", seed: int = 0, **shape: Any) -> tuple[DecoderLM, MuonAdamW]:
+def build(name: str = "muon", seed: int = 0, **shape: Any) -> tuple[DecoderLM, Optimizer]:
     torch.manual_seed(seed)
     model = DecoderLM(DecoderConfig(**(SHAPE | shape)))
     return model, make_optimizer(model, Optim(name=name))
 
 
-def update(model: DecoderLM, optimizer: MuonAdamW) -> None:
+def update(model: DecoderLM, optimizer: Optimizer) -> None:
     model({"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:]})[0].backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def everything(model: DecoderLM, optimizer: MuonAdamW) -> dict[str, Tensor]:
+def everything(model: DecoderLM, optimizer: Optimizer) -> dict[str, Tensor]:
     names = {p: name for name, p in model.named_parameters()}
     moments = {f"{names[p]}/{part}": t for p, parts in optimizer.state.items() for part, t in parts.items()}
     return dict(model.named_parameters()) | moments
@@ -110,6 +110,36 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert checkpoint.read_progress(folder).tokens == 2
 
 
+def test_an_ephemeral_one_stays_until_there_is_a_newer_one(tmp_path: Path) -> None:
+    model, optimizer = build()
+
+    def take(step: int, ephemeral: bool) -> list[str]:
+        update(model, optimizer)
+        taken = checkpoint.snapshot(model, optimizer, Progress(step=step), main=True, ephemeral=ephemeral)
+        assert taken is not None
+        checkpoint.write(tmp_path, taken, keep=2)
+        return [path.name.removeprefix("step-") for path in checkpoints(tmp_path)]
+
+    assert take(1, True) == ["1"]
+    assert take(2, True) == ["2"]
+    assert take(3, False) == ["3"]
+    assert take(4, True) == ["4", "3"]
+    assert take(5, True) == ["5", "3"]
+    assert take(6, False) == ["6", "3"]
+    assert take(7, True) == ["7", "6", "3"]
+    assert take(8, False) == ["8", "6"]
+    assert [path.name for path in checkpoint.lasting(tmp_path)] == ["step-8", "step-6"]
+
+
+def test_one_that_is_not_good_gets_no_name(tmp_path: Path) -> None:
+    write(tmp_path, 10, keep=1)
+    model, optimizer = build()
+    taken = checkpoint.snapshot(model, optimizer, Progress(step=20), main=True)
+    assert taken is not None
+    assert not checkpoint.write(tmp_path, taken, keep=1, good=lambda: False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
+
+
 def test_what_is_half_written_is_not_there(tmp_path: Path) -> None:
     write(tmp_path, 10)
     there = tmp_path / "checkpoints"
@@ -144,14 +174,13 @@ def test_a_failure_in_the_middle_leaves_the_older_ones(
     elif write_fails_at == "state.json":
         monkeypatch.setattr(Path, "write_text", failing(Path.write_text, lambda path, text: path.name == "state.json"))
     else:
-        monkeypatch.setattr(
-            checkpoint, "save_file", failing(save_file, lambda tensors, path: Path(path).name == write_fails_at)
-        )
+        monkeypatch.setattr(tensorfile, "write", failing(tensorfile.write, lambda path, _: path.name == write_fails_at))
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, 20, keep=1)
     monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
     (folder,) = checkpoints(tmp_path)
-    assert folder.name == "step-10"
+    checkpoint.verify(folder)
     checkpoint.load(folder, *build())
 
 
@@ -184,7 +213,7 @@ Break = Callable[[Path], Any]
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        (lambda f: state(f, format=99), "FOLDER was written by a newer version of Heed; this one reads format 1."),
+        (lambda f: state(f, format=99), "FOLDER was written by a newer version of Heed; this one reads format 2."),
         (lambda f: state(f, format="x"), "FOLDER/state.json cannot be read ("),
         (lambda f: state(f, surprise=1), "FOLDER/state.json cannot be read ("),
         (lambda f: (f / "state.json").write_text("{"), "FOLDER/state.json cannot be read ("),
@@ -211,6 +240,52 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(how: Break, sentence: str, 
     with pytest.raises(CheckpointError) as refused:
         checkpoint.load(folder, model, optimizer)
     assert str(refused.value).startswith(sentence.replace("FOLDER", str(folder)))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        (lambda file: os.truncate(file, 5000), " has 5,000 bytes, and "),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), " were written"),
+        (lambda file: flip(file, bit=8 * 100 + 3), "is not what was written: its checksum differs"),
+        (lambda file: flip(file, bit=8 * file.stat().st_size - 1), "its checksum differs"),
+        (lambda file: zero(file, 4096, 8192), "its checksum differs"),
+        (lambda file: file.unlink(), "No such file or directory"),
+    ],
+    ids=["shorter", "longer", "a bit", "the last bit", "a page", "gone"],
+)
+def test_what_the_disk_has_lost_is_found_before_it_is_trained_on(
+    name: str, how: Break, sentence: str, tmp_path: Path
+) -> None:
+    write(tmp_path, 10)
+    (folder,) = checkpoints(tmp_path)
+    checkpoint.verify(folder)
+    how(folder / name)
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.verify(folder)
+    assert sentence in str(refused.value)
+    assert name in str(refused.value)
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def zero(file: Path, first: int, last: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[first:last] = bytes(last - first)
+    file.write_bytes(content)
+
+
+def test_one_of_the_first_format_has_no_checksums_and_is_read(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    (folder,) = checkpoints(tmp_path)
+    state(folder, format=1, files={}, ephemeral=None)
+    checkpoint.verify(folder)
+    assert checkpoint.load(folder, *build()).step == 10
 
 
 @pytest.mark.parametrize("shape", [{"width": 64}, {"layers": 1}, {"vocab_size": 41}, {"bias": False}], ids=str)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,28 @@ def test_resume_keeps_rows_up_to_its_step_and_moves_the_rest_aside(
     assert read(folder / REPLAYED) == [row for row in rows if row["step"] > resume]
     # Every line that is left is whole, so any reader of JSON lines can take the file.
     assert all(json.loads(line) for line in (folder / FILE).read_text().splitlines())
+
+
+def test_what_a_full_disk_does_not_take_waits_until_it_does(tmp_path: Path) -> None:
+    """A limit on the size of a file is to the one that writes what a full disk is: a part is written, then nothing."""
+    metrics = Metrics(tmp_path)
+    file = tmp_path / FILE
+    metrics.log({"step": 1, "loss": 1.5})
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+        for step in (2, 3):
+            metrics.log({"step": step, "loss": 1.5})
+            assert metrics.problem == "File too large"
+            assert file.read_bytes() == before  # whole lines only
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    metrics.log({"step": 4, "loss": 1.5})
+    assert metrics.problem is None
+    assert [row["step"] for row in read(file)] == [1, 2, 3, 4]
 
 
 def test_tensors_and_numpy_scalars_become_numbers_and_nan_becomes_null(tmp_path: Path) -> None:
