@@ -127,33 +127,44 @@ class _Align(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor, dalphas: Tensor, _: Tensor):  # type: ignore[override]
-        states, alphas, values, queries, zr, reset, new, keys, *parameters = ctx.saved_tensors
-        weights, dtype = Alignment(*parameters), ctx.dtype
-        (steps, rows, n), size = new.shape, weights.query.shape[0]
-        by_state = product_with(torch.cat((weights.query, weights.gates)).t(), dtype, rows)
-        by_candidate = product_with(weights.candidate.t(), dtype, rows)
-        v = weights.v.float()
-        dx, dnew = new.new_empty(steps, rows, 3 * n), torch.empty_like(new)
-        dstate = new.new_empty(steps, rows, size + 2 * n)  # of what the state is multiplied to: [W_a s, U_z s, U_r s]
-        hidden, slope, dkeys = torch.empty_like(keys), torch.empty_like(keys), torch.zeros_like(keys)
-        dv = torch.zeros_like(v)
-        ds = torch.zeros_like(states[0])
-        for t in reversed(range(steps)):
-            ds += gradient[t + 1]
-            ds = step_back(ds, states[t], zr[t], new[t], dstate[t][:, size:], dnew[t], by_candidate)
-            torch.cat((dstate[t][:, size:], dnew[t]), dim=-1, out=dx[t])
-            # through the expected annotation and the softmax: the gradient of e_j is alpha_j (d_j - sum_k alpha_k d_k)
-            dalpha = torch.bmm(dx[t].unsqueeze(1), values.mT).squeeze(1).add_(dalphas[t]).mul_(alphas[t])
-            de = dalpha.addcmul_(alphas[t], dalpha.sum(dim=-1, keepdim=True), value=-1)
-            # tanh(a) is 2 sigmoid(2a) - 1, its slope 4 sigmoid(2a) (1 - sigmoid(2a)); v and the 4 come after the loop
-            torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
-            dv += hidden.view(-1, size).t() @ de.view(-1)
-            torch.ops.aten.sigmoid_backward.grad_input(de.unsqueeze(-1), hidden, grad_input=slope)
-            dkeys += slope
-            torch.mul(slope.sum(dim=1), 4 * v, out=dstate[t][:, :size])
-            ds += by_state(dstate[t])
-        ds += gradient[0]
-        dvalues = torch.bmm(alphas.permute(1, 2, 0), dx.transpose(0, 1))
-        dquery, dgates = weight_gradient(dstate, states[:-1], dtype, weights.query).split((size, 2 * n))
-        dcandidate = weight_gradient(dnew, reset, dtype, weights.candidate)
-        return dx, ds, dkeys.mul_(4 * v), dvalues, None, None, dquery, 2 * dv, dgates, dcandidate
+        with torch.autocast(gradient.device.type, enabled=False):
+            dx, ds, dprojected, dvalues, dweights = _align_back(gradient, dalphas, ctx.saved_tensors, ctx.dtype)
+        return dx, ds, dprojected, dvalues, None, None, *dweights
+
+
+def _align_back(
+    gradient: Tensor, dalphas: Tensor, saved: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Alignment]:
+    """gradient [T + 1, B, n], of all states, and dalphas [T, B, S], of the weights -> of x, s, projected, values, and
+    the loop's weights.
+    """
+    states, alphas, values, queries, zr, reset, new, keys, *parameters = saved
+    weights = Alignment(*parameters)
+    (steps, rows, n), size = new.shape, weights.query.shape[0]
+    by_state = product_with(torch.cat((weights.query, weights.gates)).t(), dtype, rows)
+    by_candidate = product_with(weights.candidate.t(), dtype, rows)
+    v = 4 * weights.v.float()
+    dx, dnew = new.new_empty(steps, rows, 3 * n), torch.empty_like(new)
+    dstate = new.new_empty(steps, rows, size + 2 * n)  # of what the state is multiplied to: [W_a s, U_z s, U_r s]
+    hidden, slope = torch.empty_like(keys), torch.empty_like(keys)
+    dkeys, dv, ds = torch.zeros_like(keys), torch.zeros_like(v), torch.zeros_like(states[0])
+    for t in reversed(range(steps)):
+        dquery, dzr = dstate[t, :, :size], dstate[t, :, size:]
+        ds += gradient[t + 1]
+        step_back(ds, states[t], zr[t], new[t], dzr, dnew[t], by_candidate)
+        torch.cat((dzr, dnew[t]), dim=-1, out=dx[t])
+        # through the expected annotation and the softmax: the gradient of e_j is alpha_j (d_j - sum_k alpha_k d_k)
+        de = torch.bmm(dx[t].unsqueeze(1), values.mT).squeeze(1).add_(dalphas[t]).mul_(alphas[t])
+        de.addcmul_(alphas[t], de.sum(dim=-1, keepdim=True), value=-1)
+        # tanh(a) is 2 sigmoid(2a) - 1, its slope 4 sigmoid(2a) (1 - sigmoid(2a)); the 2, the 4 and v are for later
+        torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
+        dv.addmv_(hidden.view(-1, size).t(), de.view(-1))
+        torch.ops.aten.sigmoid_backward.grad_input(de.unsqueeze(-1), hidden, grad_input=slope)
+        dkeys += slope
+        torch.mul(slope.sum(dim=1), v, out=dquery)
+        ds += by_state(dstate[t])
+    ds += gradient[0]
+    dvalues = torch.bmm(alphas.permute(1, 2, 0), dx.transpose(0, 1))
+    of_query, of_gates = weight_gradient(dstate, states[:-1], dtype, weights.query).split((size, 2 * n))
+    of_candidate = weight_gradient(dnew, reset, dtype, weights.candidate)
+    return dx, ds, dkeys.mul_(v), dvalues, Alignment(of_query, dv.mul_(2).to(weights.v.dtype), of_gates, of_candidate)

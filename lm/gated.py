@@ -64,20 +64,21 @@ class GatedUnit(nn.Module):
         return linear(y, torch.cat((self.W_z, self.W_r, self.W)), bias)
 
 
-def scan(x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def scan(
+    x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype, mask: Tensor | None = None
+) -> Tensor:
     """All steps of D units side by side.
 
     x [D, T, B, 3n]: what each step reads, in the order z, r, candidate (`GatedUnit.read`); s [D, B, n]: the state
-    before the first; gates [D, 2n, n]: [U_z; U_r]; candidate [D, n, n]: U; dtype: what products are computed in -> the
-    states after each step, [D, T, B, n], in float32.
-
-    A step whose z is told to be -inf keeps the state as it was: that is how a sentence ends before its row does.
+    before the first; gates [D, 2n, n]: [U_z; U_r]; candidate [D, n, n]: U; dtype: what products are computed in; mask
+    bool [D, T, B]: where it is False, the step leaves the state as it was (z = 0) -> the states after each step,
+    [D, T, B, n], in float32.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, s = x.float(), s.float()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, s, gates, candidate)):
-            return _Scan.apply(x, s, gates, candidate, dtype)
-        return _scan(x, s, gates, candidate, dtype)[0][:, 1:]
+            return _Scan.apply(x, s, gates, candidate, dtype, mask)
+        return _scan(x, s, gates, candidate, dtype, mask)[0][:, 1:]
 
 
 def products(weights: Tensor, dtype: torch.dtype, rows: int) -> Product:
@@ -114,17 +115,22 @@ def weight_gradient(output: Tensor, inputs: Tensor, dtype: torch.dtype, like: Te
     return (output.t() @ inputs).to(like.dtype)
 
 
-def _scan(x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _scan(
+    x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype, mask: Tensor | None
+) -> tuple[Tensor, ...]:
     """-> states [D, T + 1, B, n], z and r [D, T, B, 2n], r * s and candidates [D, T, B, n]."""
     units, steps, rows, n = *x.shape[:3], s.shape[-1]
     states, zr = x.new_empty(units, steps + 1, rows, n), x.new_empty(units, steps, rows, 2 * n)
     reset, new = x.new_empty(units, steps, rows, n), x.new_empty(units, steps, rows, n)
     states[:, 0] = s
     by_gates, by_candidate = products(gates, dtype, rows), products(candidate, dtype, rows)
+    ended = None if mask is None else ~mask.unsqueeze(-1)
     for t in range(steps):
         s = states[:, t]
         torch.add(x[:, t, :, : 2 * n], by_gates(s), out=zr[:, t]).sigmoid_()
         z, r = zr[:, t].chunk(2, dim=-1)
+        if ended is not None:
+            z.masked_fill_(ended[:, t], 0)
         torch.mul(r, s, out=reset[:, t])
         tanh_(torch.add(x[:, t, :, 2 * n :], by_candidate(reset[:, t]), out=new[:, t]))
         torch.lerp(s, new[:, t], z, out=states[:, t + 1])
@@ -148,8 +154,8 @@ def step_back(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, s: Tensor, gates: Tensor, candidate: Tensor, dtype: torch.dtype) -> Tensor:
-        states, zr, reset, new = _scan(x, s, gates, candidate, dtype)
+    def forward(ctx, x, s, gates, candidate, dtype, mask):  # type: ignore[no-untyped-def]
+        states, zr, reset, new = _scan(x, s, gates, candidate, dtype, mask)
         ctx.save_for_backward(gates, candidate, states, zr, reset, new)
         ctx.dtype = dtype
         return states[:, 1:]
@@ -157,17 +163,22 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        gates, candidate, states, zr, reset, new = ctx.saved_tensors
-        units, steps, rows, _ = new.shape
-        by_gates = products(gates.mT, ctx.dtype, rows)
-        by_candidate = products(candidate.mT, ctx.dtype, rows)
-        dzr, dnew = torch.empty_like(zr), torch.empty_like(new)
-        ds = torch.zeros_like(states[:, 0])
-        for t in reversed(range(steps)):
-            ds += gradient[:, t]
-            step_back(ds, states[:, t], zr[:, t], new[:, t], dzr[:, t], dnew[:, t], by_candidate)
-            ds += by_gates(dzr[:, t])
-        parts = range(units)
-        dgates = torch.stack([weight_gradient(dzr[d], states[d, :-1], ctx.dtype, gates) for d in parts])
-        dcandidate = torch.stack([weight_gradient(dnew[d], reset[d], ctx.dtype, candidate) for d in parts])
-        return torch.cat((dzr, dnew), dim=-1), ds, dgates, dcandidate, None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return *_scan_back(gradient, ctx.saved_tensors, ctx.dtype), None, None
+
+
+def _scan_back(gradient: Tensor, saved: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """gradient [D, T, B, n], of the states after each step -> of x, s, gates and candidate."""
+    gates, candidate, states, zr, reset, new = saved
+    units, steps, rows, _ = new.shape
+    by_gates, by_candidate = products(gates.mT, dtype, rows), products(candidate.mT, dtype, rows)
+    dzr, dnew = torch.empty_like(zr), torch.empty_like(new)
+    ds = torch.zeros_like(states[:, 0])
+    for t in reversed(range(steps)):
+        ds += gradient[:, t]
+        step_back(ds, states[:, t], zr[:, t], new[:, t], dzr[:, t], dnew[:, t], by_candidate)
+        ds += by_gates(dzr[:, t])
+    parts = range(units)
+    dgates = torch.stack([weight_gradient(dzr[d], states[d, :-1], dtype, gates) for d in parts])
+    dcandidate = torch.stack([weight_gradient(dnew[d], reset[d], dtype, candidate) for d in parts])
+    return torch.cat((dzr, dnew), dim=-1), ds, dgates, dcandidate

@@ -35,7 +35,7 @@ class RNNSearchConfig:
     # The state that the deep output reads: previous is s_{i-1}, as appendix A.2.2 prints it; current is s_i, as
     # equation 4 has it and most code since.
     readout: str = "previous"
-    bias: bool = True  # the paper has biases (they start at 0) and prints none
+    bias: bool = True  # of all maps but the embeddings and W_o; the paper's start at 0 and are left out of its print
     share_embeddings: bool = False  # one table for source and target, where the vocabulary is joint; not the paper's
     dropout: float = 0.0  # on embeddings and on the deep output, while training; the paper has none
 
@@ -78,7 +78,7 @@ class RNNSearchConfig:
             "decoder": unit + 3 * self.memory * n + n * n + bias * n,
             "alignment": self.energy * (n + self.memory + 1 + bias),
             "readout": 2 * out * (n + m + self.memory + bias),
-            "head": self.target_vocab * (out + bias),
+            "head": self.target_vocab * out,
         }
         return counts | {"total": sum(counts.values())}
 
