@@ -45,8 +45,9 @@ def show(browser: Browser, tmp_path: Path):
     """show(maps, hash) opens the page; afterwards the console must be empty."""
 
     def open(maps: Maps, anchor: str = "", **options: object) -> None:
-        (tmp_path / "page.html").write_text(pictures.page(maps, **options), encoding="utf-8")
-        browser.open(f"{(tmp_path / 'page.html').as_uri()}#{anchor}")
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.html"
+        file.write_text(pictures.page(maps, **options), encoding="utf-8")
+        browser.open(f"{file.as_uri()}#{anchor}")
 
     yield open
     assert browser.log() == []
