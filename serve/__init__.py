@@ -1,7 +1,7 @@
 """Serving: `python -m serve MODEL` over HTTP, `LLM(folder).generate(...)` in-process.
 
 `engine/` schedules, caches, computes, samples and detokenises; it knows nothing of HTTP. `api/` speaks HTTP; it never
-imports torch. Importing this package imports neither: `LLM` and `SamplingParams` are looked up when they are asked for.
+imports torch. Importing this package imports neither: its names are looked up when they are asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lm.params import SamplingParams
     from serve.engine.llm import LLM
+    from serve.engine.messages import BeamSearchParams
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from lm.params import SamplingParams
 
         return SamplingParams
+    if name == "BeamSearchParams":
+        from serve.engine.messages import BeamSearchParams
+
+        return BeamSearchParams
     raise AttributeError(f"module 'serve' has no attribute {name!r}")

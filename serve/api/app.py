@@ -30,7 +30,6 @@ from serve.api.protocol import (
     TokenizeEither,
     TokenizeRequest,
 )
-from serve.engine.requests import children
 from serve.errors import InvalidRequest, NotBuilt, Overloaded
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
@@ -105,11 +104,7 @@ def create_app(
         try:
             client.admit(validation.sequences(body))  # before any work is done for it
             job = await validate(body, model)
-            work = zip(job.prompts, job.params, strict=True)
-            group = client.submit(
-                [(prompt.ids, child) for prompt, params in work for child in children(params, job.n)],
-                generate=job.generate,
-            )
+            group = client.submit(job.work(), generate=job.generate)
         except Overloaded:
             metrics.rejected.inc()
             raise

@@ -13,7 +13,20 @@ from typing import TypeVar
 import msgspec
 
 from lm.params import SamplingParams
-from serve.engine.messages import Abort, Add, EngineConfig, Failed, FromEngine, Output, Ready, Stats, Step, Words
+from serve.engine.messages import (
+    Abort,
+    Add,
+    AddBeam,
+    BeamSearchParams,
+    EngineConfig,
+    Failed,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+    Step,
+    Words,
+)
 from serve.engine.process import HEADER, frame, spawn
 from serve.errors import EngineDead, GenerationFailed, InvalidRequest, Overloaded, ServeError
 
@@ -31,12 +44,11 @@ class EngineFailed(Exception):
 class Member:
     """One sequence in the engine: the `index`-th of its group."""
 
-    def __init__(self, group: Group, index: int, prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
+    def __init__(self, group: Group, index: int, prompt_tokens: int, arrival: float) -> None:
         self.id = f"{group.id}-{index}"
         self.group = group
         self.index = index
         self.prompt_tokens = prompt_tokens
-        self.params = params
         self.arrival = arrival
         self.generated = 0
         self.finish_reason: str | None = None
@@ -98,6 +110,7 @@ def join(first: Output, then: Output) -> Output:
         stop_reason=then.stop_reason,
         error=then.error,
         timings=then.timings,
+        cumulative_logprob=then.cumulative_logprob,
     )
 
 
@@ -161,19 +174,28 @@ class EngineClient:
         if self.in_flight + count > self.limit:
             raise Overloaded(f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later.")
 
-    def submit(self, work: Sequence[tuple[list[int], SamplingParams]], *, generate: bool = True) -> Group:
-        """Gives sequences (prompt ids, how to continue them) to the engine. Raises as `admit`."""
+    def submit(
+        self, work: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]], *, generate: bool = True
+    ) -> Group:
+        """Gives prompts to the engine, each to be continued by a sequence or by those of a beam. Raises as `admit`."""
         assert self._writer is not None
-        self.admit(len(work))
+        self.admit(sum(params.beam_width if isinstance(params, BeamSearchParams) else 1 for _, params in work))
         group = Group(self)
         now = time.monotonic()
-        for index, (prompt, params) in enumerate(work):
-            member = Member(group, index, len(prompt), params, now)
-            group.members.append(member)
-            self._members[member.id] = member
-            self._writer.write(frame(Add(member.id, prompt, params, now, generate)))
+        for prompt, params in work:
+            if isinstance(params, BeamSearchParams):
+                ids = [self._enter(group, prompt, now) for _ in range(params.beam_width)]
+                self._writer.write(frame(AddBeam(ids, prompt, params, now)))
+            else:
+                self._writer.write(frame(Add(self._enter(group, prompt, now), prompt, params, now, generate)))
         self._idle.clear()
         return group
+
+    def _enter(self, group: Group, prompt: Sequence[int], now: float) -> str:
+        member = Member(group, len(group.members), len(prompt), now)
+        group.members.append(member)
+        self._members[member.id] = member
+        return member.id
 
     def abort(self, members: Sequence[Member]) -> None:
         """Forgets those that have not ended; whoever still reads them gets finish_reason "abort"."""

@@ -27,6 +27,10 @@ class Model:
     def max_model_len(self) -> int:
         return self.ready.max_model_len
 
+    def room(self, prompt_tokens: int) -> int:
+        """How many tokens can follow so many: what they leave of max_model_len; after a source, all of it."""
+        return self.max_model_len - (0 if self.ready.encoder_decoder else prompt_tokens)
+
     def check_name(self, name: str | None) -> None:
         """Raises NotFound unless `name` is served; no name means the first."""
         if name and name not in self.names:

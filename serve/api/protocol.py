@@ -69,8 +69,10 @@ class GenerationRequest(Body):
     request_id: Text | None = None
     user: Text | None = None
 
+    use_beam_search: bool = False  # n is the beam's width then
+    length_penalty: float | None = 1.0  # of a beam search alone
+
     # Known and refused where set: see sampling.REFUSED.
-    use_beam_search: bool = False
     best_of: Int64 | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None

@@ -17,7 +17,6 @@ MAX_IDS = 1024  # in stop_token_ids and logit_bias: they are looked at for every
 # Fields that would change the answer and are not honoured, with what is said of them.
 REFUSED = {
     "suffix": "suffix is only supported for models with FIM completion rendering",
-    "use_beam_search": "use_beam_search is not supported by this server.",
     "best_of": "best_of is not supported; ask for n sequences and choose among them.",
     "structured_outputs": "structured_outputs is not supported by this server.",
     "prompt_embeds": "prompt_embeds is not supported by this server; send text or token ids as prompt.",
@@ -56,16 +55,14 @@ def params(
     where that has another name. Raises InvalidRequest.
     """
     vocab = model.ready.vocab_size
-    n = 1 if body.n is None else body.n
-    if n > MAX_N:
-        raise InvalidRequest(f"n must be at most {MAX_N}, got {n}.", "n")
+    n = count(body)
     stops = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"stop must have at most {MAX_STOPS} strings, got {len(stops)}.", "stop")
     for name in ("stop_token_ids", "logit_bias"):
-        count = len(getattr(body, name) or ())
-        if count > MAX_IDS:
-            raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {count}.", name)
+        entries = len(getattr(body, name) or ())
+        if entries > MAX_IDS:
+            raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {entries}.", name)
     temperature = _first(body.temperature, model.defaults.get("temperature"), 1.0)
     values = {
         "n": n,
@@ -99,13 +96,25 @@ def params(
         raise InvalidRequest(
             f"stop_token_ids {foreign[:10]} are out of the vocabulary; ids are from 0 to {vocab - 1}.", "stop_token_ids"
         )
-    for name, kind in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
-        value = getattr(made, name)
-        if value is not None and (value == -1 or value > model.max_logprobs):
-            count = vocab if value == -1 else value
-            message = f"Requested {kind} logprobs of {count}, which is greater than max allowed: {model.max_logprobs}"
-            raise InvalidRequest(message, (names or {}).get(name, name))
+    check_logprobs(made.logprobs, "sample", model, (names or {}).get("logprobs", "logprobs"))
+    check_logprobs(made.prompt_logprobs, "prompt", model, (names or {}).get("prompt_logprobs", "prompt_logprobs"))
     return made
+
+
+def count(body: GenerationRequest) -> int:
+    """n: sequences of each prompt. Raises InvalidRequest where they are too many."""
+    n = 1 if body.n is None else body.n
+    if n > MAX_N:
+        raise InvalidRequest(f"n must be at most {MAX_N}, got {n}.", "n")
+    return n
+
+
+def check_logprobs(value: int | None, kind: str, model: Model, name: str) -> None:
+    """Raises InvalidRequest naming the field `name` for more logprobs of a `kind` than the server shows."""
+    if value is not None and (value == -1 or value > model.max_logprobs):
+        asked = model.ready.vocab_size if value == -1 else value
+        message = f"Requested {kind} logprobs of {asked}, which is greater than max allowed: {model.max_logprobs}"
+        raise InvalidRequest(message, name)
 
 
 def max_tokens(wanted: int | None, prompt_length: int, model: Model, name: str = "max_tokens") -> int:
@@ -119,7 +128,7 @@ def max_tokens(wanted: int | None, prompt_length: int, model: Model, name: str =
             "Please request fewer output tokens.",
             name,
         )
-    room = model.max_model_len - prompt_length
+    room = model.room(prompt_length)
     return min(limit for limit in (wanted, room, model.defaults.get("max_new_tokens")) if limit is not None)
 
 

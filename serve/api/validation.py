@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lm.params import SamplingParams
-from serve.api import conversation, prompts, sampling
+from serve.api import beam, conversation, prompts, sampling
 from serve.api.model import Model
 from serve.api.prompts import MAX_PROMPTS, Prompt
 from serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from serve.api.sampling import MAX_N
+from serve.engine.messages import BeamSearchParams
+from serve.engine.requests import children
 from serve.errors import InvalidRequest
+
+Params = SamplingParams | BeamSearchParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +26,23 @@ class Job:
     """A request that can be carried out: n sequences of each prompt."""
 
     prompts: list[Prompt]
-    params: list[SamplingParams]  # one for each prompt: they differ in max_tokens
-    n: int
+    params: list[Params]  # one for each prompt: they differ in max_tokens
+    n: int  # of a beam search, its width
     logprobs: int | None
     prompt_logprobs: bool  # whether the body has them (echo with logprobs computes them for its own use)
     generate: bool = True  # False: echo with max_tokens 0
     role: str = "assistant"  # of a chat: who speaks the answer,
     opening: str = ""  # and what of it stands in the prompt already and is shown again (echo)
+
+    def work(self) -> list[tuple[list[int], Params]]:
+        """What the engine is given: each sequence, with a seed of its own, or each beam search."""
+        made: list[tuple[list[int], Params]] = []
+        for prompt, params in zip(self.prompts, self.params, strict=True):
+            if isinstance(params, BeamSearchParams):
+                made.append((prompt.ids, params))
+            else:
+                made += [(prompt.ids, child) for child in children(params, self.n)]
+        return made
 
 
 def sequences(body: GenerationRequest) -> int:
@@ -43,21 +57,25 @@ async def completion(body: CompletionRequest, model: Model) -> Job:
     """Raises InvalidRequest (400) or NotFound (404)."""
     _check(body, model)
     only_prompt = bool(body.echo) and body.max_tokens == 0
+    if body.use_beam_search and body.echo and (only_prompt or body.logprobs is not None):
+        raise InvalidRequest("A beam search gives a prompt no logprobs; use echo without them.", "echo")
     made = await prompts.prompts(body, model)
     wanted = 16 if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.prompt_logprobs
     if prompt_logprobs is None and body.echo:
         prompt_logprobs = body.logprobs
-    params = [
-        sampling.params(
-            body,
-            model,
-            max_tokens=None if only_prompt else sampling.max_tokens(wanted, len(prompt.ids), model),
-            logprobs=body.logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
-        for prompt in made
-    ]
+    params: list[Params] = []
+    for prompt in made:
+        length = len(prompt.ids)
+        longest = None if only_prompt else sampling.max_tokens(wanted, length, model)
+        if body.use_beam_search and longest is not None:
+            params.append(beam.params(body, model, length, max_tokens=longest, logprobs=body.logprobs))
+        else:
+            params.append(
+                sampling.params(
+                    body, model, max_tokens=longest, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+                )
+            )
     return Job(
         prompts=made,
         params=params,
@@ -79,14 +97,21 @@ async def chat(body: ChatRequest, model: Model) -> Job:
     text = await conversation.render(body, model)
     prompt = await prompts.of_text(text, body, model, special=body.add_special_tokens, param="messages")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    params = sampling.params(
-        body,
-        model,
-        max_tokens=sampling.max_tokens(getattr(body, name), len(prompt.ids), model, name),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        names={"logprobs": "top_logprobs", "max_tokens": name},
-    )
+    length = len(prompt.ids)
+    longest = sampling.max_tokens(getattr(body, name), length, model, name)
+    params: Params
+    if body.use_beam_search:
+        params = beam.params(body, model, length, max_tokens=longest, logprobs=logprobs, field="top_logprobs")
+        prompt_logprobs = None
+    else:
+        params = sampling.params(
+            body,
+            model,
+            max_tokens=longest,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            names={"logprobs": "top_logprobs", "max_tokens": name},
+        )
     role = conversation.role(body)
     return Job(
         prompts=[prompt],
@@ -102,7 +127,24 @@ async def chat(body: ChatRequest, model: Model) -> Job:
 def _check(body: GenerationRequest, model: Model) -> None:
     model.check_name(body.model)
     sampling.refuse(body)
+    if model.ready.source:
+        _check_source(body)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("Stream options can only be defined when `stream=True`.", "stream_options")
     if body.prompt_logprobs and body.stream:
         raise InvalidRequest("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+
+
+def _check_source(body: GenerationRequest) -> None:
+    """What cannot be asked of a model that reads its prompt as a source, all at once."""
+    if body.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs are not available: this model reads the prompt as a source and gives its tokens no "
+            "probabilities.",
+            "prompt_logprobs",
+        )
+    if getattr(body, "echo", False):
+        raise InvalidRequest(
+            "echo is not available: this model reads the prompt as a source, and its answer does not continue it.",
+            "echo",
+        )

@@ -3,7 +3,7 @@
 It is written over lm's decoding interface alone (`start`, `step`, `select`, `join`). Whoever runs is a row of one
 state. New sources are read together and joined to it; one step then computes the next token of every row; rows whose
 request has ended, was aborted or preempted leave by `select`. A preempted row that comes back is read again, and takes
-its own output, token by token, until it is where it was.
+its own output, forced, so that it is where it was.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class RowsRunner:
 
     def _feed(self, state: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
         """A state of one row after all tokens but the last, and that."""
-        for token in tokens[:-1]:
-            _, state = self.model.step(self._tensor([token]).unsqueeze(1), state)
+        if len(tokens) > 1:
+            _, state = self.model.step(self._tensor(tokens[:-1]).unsqueeze(0), state)
         return state, self._tensor(tokens[-1:])
 
     def _select(self, rows: list[int]) -> Any:

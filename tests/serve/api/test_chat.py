@@ -258,7 +258,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "auto"}, "tool_choice", "When using `tool_choice`, `tools` must be set."),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format 'json_object' is not supported"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "structured_outputs is not supported"),
-    ({"use_beam_search": True}, "use_beam_search", "use_beam_search is not supported"),
+    ({"use_beam_search": True, "stream": True}, "stream", "Streaming is not currently supported with beam search"),
+    ({"use_beam_search": True, "min_tokens": 2}, "min_tokens", "min_tokens is 2; a beam search does not look"),
+    ({"use_beam_search": True, "length_penalty": 11}, "length_penalty", "length_penalty must be in [-10.0, 10.0], got"),
+    ({"use_beam_search": True, "n": 129}, "n", "n must be at most 128, got 129"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1, got 0."),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "max_tokens must be at least 1, got 0."),
     (

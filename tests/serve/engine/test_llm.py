@@ -46,7 +46,7 @@ def test_n_and_a_setting_for_each_prompt(llm: LLM) -> None:
 
 
 def test_what_cannot_be(llm: LLM, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="300 tokens"):
+    with pytest.raises(ValueError, match="300 tokens; it must have 1 to 255"):
         llm.generate([[1] * 300])
     with pytest.raises(ValueError, match="0 tokens"):
         llm.generate([""])
