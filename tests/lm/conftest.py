@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,14 +96,14 @@ def tokens() -> torch.Tensor:
     return torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def translators() -> dict[str, Callable[[], Any]]:
-    """Small models that translate, one of each kind; token 1 begins a target, 2 ends one. Vocabulary 24, room for 60."""
+def translators(vocab_size: int = 24) -> dict[str, Callable[[], Any]]:
+    """Small models that translate, one of each kind; token 1 begins a target. Their context is 60."""
     from lm.rnnsearch import RNNSearch
     from lm.rnnsearch_config import RNNSearchConfig
     from lm.transformer import Transformer
     from lm.transformer_config import TransformerConfig
 
-    common: dict[str, Any] = {"vocab_size": 24, "context": 60}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "context": 60}
     transformer = common | {"start_id": 1, "encoder_layers": 2, "decoder_layers": 2, "width": 32, "heads": 4}
     rnn = common | {"start_id": 1, "hidden": 24, "embedding": 16, "maxout": 12}
     decoder = common | {"layers": 2, "width": 32, "heads": 4}
@@ -121,18 +122,43 @@ def translators() -> dict[str, Callable[[], Any]]:
 TRANSLATORS = ("rnnsearch", "rnnencdec", "transformer", "transformer-pre", "decoder", "decoder-prefix")
 
 
-@cache
-def translator(name: str) -> Any:
-    """With weights large enough that outputs differ and some of them end."""
+def loud(model: Any) -> Any:
+    """With weights large enough that outputs differ and some of them end; in eval mode."""
     torch.manual_seed(1)
-    model = translators()[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2).add_(0.5 * torch.randn_like(parameter))
-    return model
+    return model.eval()
+
+
+@cache
+def translator(name: str) -> Any:
+    torch.manual_seed(1)
+    return loud(translators()[name]())
 
 
 @pytest.fixture(params=TRANSLATORS)
 def translator_model(request: pytest.FixtureRequest) -> Any:
     """A translator of each kind in turn, made once; a test must not change it."""
     return translator(request.param)
+
+
+@pytest.fixture(scope="session")
+def translator_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """translator_folder(kind) -> a model folder of that kind, with a joint byte-level vocabulary and context 60."""
+    from lm import pretrained
+    from lm.tokenizer import close_sources, train_translator_bpe
+
+    words = train_translator_bpe(["to be or not to be, that is the question — naïve 🦄 café"] * 3, 300)
+
+    @cache
+    def folder(kind: str) -> Path:
+        model = loud(translators(vocab_size=words.vocab_size)[kind]())
+        path = tmp_path_factory.mktemp("translators") / kind
+        tokenizer = close_sources(words, model.encoder_decoder)
+        # Of weights drawn at random an end comes rarely: other tokens end a text too.
+        ends = [tokenizer.eos_id, *range(100, 140)]
+        pretrained.save(model, path, tokenizer=tokenizer, generation={"eos_token_id": ends})
+        return path
+
+    return folder

@@ -1,4 +1,4 @@
-"""Beam search: against every output there is, against a plain search that never stops early, and on all three models."""
+"""Beam search: against every output there is, against a plain search that stops late, and on all three models."""
 
 from __future__ import annotations
 
