@@ -1,4 +1,4 @@
-"""Beam search in the engine: what lm.beam finds alone, whoever else runs, for the language model and for translators."""
+"""Beam search in the engine: what lm.beam finds alone, whoever else runs, for all that is served."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_others_get_a_token_in_each_step_of_a_search(case: Case) -> None:
 
 def test_a_preempted_search_begins_anew_and_finds_the_same(case: Case) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
-    engine = case.engine(blocks=30, max_model_len=48)
+    engine = case.engine(blocks=23, max_model_len=48)
     greedy = replace(GREEDY, max_tokens=30, ignore_eos=True)
     first = [Add(str(i), case.prompts[i], greedy, 0.0) for i in (0, 1)]
     outputs = run(engine, [*first, add("beam", case.prompts[0], params)])
