@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -39,7 +40,7 @@ class Live:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(file, 200).decode("utf-8", "replace").strip() or "another process"
+                holder = _holder(file)
                 os.close(file)
                 raise RecipeError(
                     [
@@ -80,3 +81,12 @@ class Live:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _holder(file: int) -> str:
+    """What the holder has written of itself; it may have taken the lock a moment ago, and write it only now."""
+    for _ in range(20):
+        if said := os.pread(file, 200, 0).decode("utf-8", "replace").strip():
+            return said
+        time.sleep(0.02)
+    return "another process"

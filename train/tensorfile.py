@@ -40,16 +40,15 @@ def write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     arrays = [_header(tensors), *(_bytes(tensors[name]) for name in _order(tensors))]
     size = sum(array.size for array in arrays)
     sums = hashlib.blake2b(digest_size=16)
+    memory = mmap.mmap(-1, PIECE)  # on a page's boundary, as O_DIRECT wants it
+    buffer = np.frombuffer(memory, dtype=np.uint8)
     file = _open(path)
     try:
-        with mmap.mmap(-1, PIECE) as memory:
-            buffer = np.frombuffer(memory, dtype=np.uint8)
-            for filled in _pieces(arrays, buffer):
-                length = -(-filled // BLOCK) * BLOCK
-                buffer[filled:length] = 0
-                sums.update(_sum(buffer[:length]))
-                _write_all(file, memoryview(memory)[:length])
-            del buffer  # it holds the memory
+        for filled in _pieces(arrays, buffer):
+            length = -(-filled // BLOCK) * BLOCK
+            buffer[filled:length] = 0
+            sums.update(_sum(buffer[:length]))
+            _write_all(file, memoryview(memory)[:length])
         os.ftruncate(file, size)  # the last block was a whole one
     finally:
         os.close(file)

@@ -69,8 +69,8 @@ class Writer:
         try:
             if checkpoint.write(self.run_dir, snapshot, self.keep, self._read.set, self._is_good):
                 self.step = snapshot.step
-        except OSError as error:
-            self.failure = error.strerror or str(error)
+        except Exception as error:  # whatever it is: a run is worth more than one checkpoint of it
+            self.failure = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         finally:
             self._read.set()
 
