@@ -1,4 +1,4 @@
-"""Several processes as the documentation starts them: on one machine, and on two nodes that a network of their own joins.
+"""Several processes as the documentation starts them: on one machine, and on two nodes with a network of their own.
 
 The nodes are network namespaces, each joined to a switch by a cable that a test can pull out.
 """
@@ -148,7 +148,7 @@ class Nodes:
 
     def build(self) -> bool:
         switch = self.switch
-        made = all([ip("netns", "add", name) for name in (switch, *self.names)])
+        made = all(ip("netns", "add", name) for name in (switch, *self.names))
         made = made and ip("-n", switch, "link", "add", "hub", "type", "bridge")
         made = made and ip("-n", switch, "link", "set", "hub", "up")
         for name, address in zip(self.names, self.addresses, strict=True):
