@@ -271,10 +271,11 @@
   // ---------------------------------------------------------------- the lines
 
   function drawLines(kind) {
-    const step = 23, size = 14, top = 34, between = Math.max(170, Math.min(320, 9 * Math.max(kind.q, kind.k)));
+    const step = 23, size = 14, top = 34;
     const left = Math.min(240, widest(kind.queries, size) + 22), right = Math.min(240, widest(kind.keys, size) + 22);
     const bar = 9, bars = state.heads.length * bar + 6;
-    const rows = Math.max(kind.q, kind.k);
+    const rows = Math.max(kind.q, kind.k), room = $("detail").clientWidth - left - right - bars - 12;
+    const between = Math.max(90, Math.min(room, 320, Math.max(170, 9 * rows)));
     svg.setAttribute("width", left + between + bars + right + 8);
     svg.setAttribute("height", top + rows * step + 14);
     const [from, to] = kind.kind === "cross" ? ["translation", "source"] : ["attending", "attended to"];
