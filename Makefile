@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-step-time bench-start figures clean
+.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-start figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ endif
 
 demo: $(STAMP) ## train a small language model on Shakespeare, serve it, talk to it (ONCE=1 ends there, TEXT=FILE uses your text)
 	@$(PY) scripts/demo.py $(if $(ONCE),--once) $(if $(TEXT),--text "$(TEXT)")
+
+demo-translate: $(STAMP) ## RNNsearch and the 2017 Transformer learn to reverse, translate, show their attention (ONCE=1 ends there)
+	@$(PY) scripts/demo_translate.py $(if $(ONCE),--once)
 
 test: $(STAMP) ## run all tests
 	@$(PY) scripts/fetch.py smollm2 || echo "The tests that need this model are skipped."
@@ -65,6 +68,9 @@ bench-multi30k: $(STAMP) ## BLEU on Multi30k (HEED_MULTI30K=DIR, the data set; t
 
 bench-architectures: $(STAMP) ## RNNencdec, RNNsearch, Transformer, causal and prefix LM side by side (HEED_MULTI30K=DIR; hours)
 	$(PY) -m bench.architectures --positions
+
+bench-reverse: $(STAMP) ## reversal: exact outputs and true alignments of RNNsearch and the Transformer
+	$(PY) -m bench.reverse
 
 bench-step-time: $(STAMP) ## the time of a training step against sentence length
 	$(PY) -m bench.step_time
