@@ -243,9 +243,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
     parameters = dict(model.named_parameters())
     if {name: t.shape for name, t in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise CheckpointError(f"{folder} holds the weights of another model than the recipe's.")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_like(weights[name], parameter))
+    put(weights, parameters)
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
@@ -263,6 +261,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
 
 
 # ------------------------------------------------------------ tensors
+
+
+@torch.no_grad()
+def put(weights: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    """Whole tensors into the parameters of the same names, sharded as they are."""
+    for name, parameter in parameters.items():
+        parameter.copy_(_like(weights[name], parameter))
 
 
 def gather(tensors: dict[str, Any], main: bool) -> dict[str, Tensor]:

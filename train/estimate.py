@@ -91,7 +91,7 @@ def memory(recipe: Recipe, config: DecoderConfig, world: World, device: str) -> 
 
 def micro_rows(recipe: Recipe, world: World) -> int:
     """Sequences that a rank computes at a time: train.micro_batch, but no more than its share of the global batch."""
-    share = -(-recipe.train.batch_tokens // recipe.model.context // world.ranks)
+    share = -(-recipe.batch_tokens // recipe.model.context // world.ranks)
     return min(recipe.train.micro_batch or share, share)
 
 
@@ -100,7 +100,7 @@ def estimate(
 ) -> list[str]:
     """The lines of a dry run. `device`: cpu | cuda."""
     parts = config.parameters()
-    steps, batch, context = recipe.total_steps, recipe.train.batch_tokens, recipe.model.context
+    steps, batch, context = recipe.total_steps, recipe.batch_tokens, recipe.model.context
     trained = steps * batch
     flops = config.flops_per_token(context)
     rows, micro = batch // context, micro_rows(recipe, world)
@@ -113,11 +113,11 @@ def estimate(
         f"({config.kv} for keys and values), vocabulary {config.vocab_size:,}, context {config.context:,}",
         f"parameters   {parts['total']:,}: embedding {parts['embedding']:,} + layers {parts['layers']:,} "
         f"+ head {parts['head']:,}{tied}",
-        f"FLOPs        {_si(flops)} a token, forward and backward: 6 x the parameters in products, "
+        f"FLOPs        {si(flops)} a token, forward and backward: 6 x the parameters in products, "
         "12 x heads x head_dim x keys seen, a layer",
         f"batch        {batch:,} tokens = {rows:,} sequences of {context:,}: {how} of {share:,}, {micro:,} at a time",
-        f"memory       about {_bytes(sum(held.values()))} a rank: "
-        + ", ".join(f"{name} {_bytes(size)}" for name, size in held.items()),
+        f"memory       about {size(sum(held.values()))} a rank: "
+        + ", ".join(f"{name} {size(bytes)}" for name, bytes in held.items()),
         f"steps        {steps:,} updates, {trained:,} tokens",
         f"text         {count.note}",
     ]
@@ -129,10 +129,10 @@ def estimate(
         lines.append("time         unknown: the peak of this device is not known")
     else:
         seconds = trained * flops / (speed.flops * world.ranks)
-        lines.append(f"time         about {_duration(seconds)} at {_si(speed.flops)}FLOP/s a rank: {speed.note}")
+        lines.append(f"time         about {duration(seconds)} at {si(speed.flops)}FLOP/s a rank: {speed.note}")
         if device == "cpu" and seconds > 86_400:
             peak, reached = peak_flops("H100", "bf16") or 0.0, SHARE["cuda"]
-            there = _duration(trained * flops / (reached * peak))
+            there = duration(trained * flops / (reached * peak))
             lines.append(f"             about {there} on one H100 in bf16, assumed to reach {reached:.0%} of its peak")
     return lines
 
@@ -144,12 +144,16 @@ def main_dry_run(recipe: Recipe) -> list[str]:
     """
     world = World.here()
     check_launch(recipe, world.sharded)
-    count, vocab_size, note = _look(recipe)
-    config = recipe.decoder_config(vocab_size)
     use_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     device = "cuda" if use_gpu else "cpu"
     speed = _gpu_speed(recipe) if use_gpu else _cpu_speed(recipe)
     lines = [f"run          {recipe.run.dir}, seed {recipe.run.seed}, {recipe.train.dtype}"]
+    if recipe.data.has_pairs:
+        from train import pair_estimate
+
+        return lines + pair_estimate.estimate(recipe, pair_estimate.look(recipe), world, speed)
+    count, vocab_size, note = _look(recipe)
+    config = recipe.decoder_config(vocab_size)
     if recipe.model.from_ is not None:
         lines.append(f"from         {recipe.model.from_}: its shape, its tokenizer, its weights")
     lines += estimate(recipe, config, count, world, speed, device)
@@ -222,7 +226,7 @@ def _cpu_speed(recipe: Recipe) -> Speed:
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.train.threads or cores())
     dtype = torch.bfloat16 if recipe.train.dtype == "bf16" else torch.float32
-    width = min(recipe.model.width, 1024)
+    width = min(getattr(recipe.model, "width", None) or recipe.model.hidden, 1024)
     x, weight = torch.randn(2048, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
     times: list[float] = []
     deadline = time.perf_counter() + 0.4
@@ -237,18 +241,18 @@ def _cpu_speed(recipe: Recipe) -> Speed:
     return Speed(share * measured, f"assumed {share:.0%} of a matrix product measured here on {used} threads")
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g} "
 
 
-def _bytes(size: float) -> str:
+def size(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for size, unit in ((365 * 86_400, "years"), (86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train import checkpoint, launch, plot, resume, task
+from train import average, checkpoint, launch, plot, resume, task
 from train.checkpoint import Progress
 from train.config import Recipe, RecipeError
 from train.estimate import peak_flops
@@ -421,6 +421,32 @@ class Trainer:
         failed = self.here.any(problem is not None)
         return problem or ("the main rank could not write" if failed else None)
 
+    def _save_average(self, folder: Path) -> str | None:
+        """The mean of the last checkpoints' weights, evaluated and saved; the model's stay what they are. Every rank
+        reads them, as it would to continue. Why it failed."""
+        assert self.recipe.checkpoint.average is not None
+        progress, here, parameters = self.progress, self.here, dict(self.bare.named_parameters())
+        here.watch.at("the average of the last checkpoints")
+        folders = checkpoint.lasting(self.run_dir)[: self.recipe.checkpoint.average]
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            checkpoint.put(average.average(folders), parameters)
+            self.model.eval()
+            with suppress(launch.Abandoned):
+                found = self.task.evaluate(self.model if here.fsdp2 else self.bare, here)
+                if found is not None:
+                    row = {"step": progress.step, "tokens": progress.tokens, "averaged": len(folders), **found.row}
+                    self._record(row)
+                    self.say.sentence(f"the average of the last {len(folders)} checkpoints: {found.says}")
+            return self._save_folder(folder)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        finally:
+            self.model.train()
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(own[name])
+
     def _finish(self) -> int:
         """The last checkpoint, and after the last step the model's folder. Returns the exit status."""
         progress = self.progress
@@ -438,9 +464,11 @@ class Trainer:
             by = self.signals.why or "by a signal to another rank"
             self.say.sentence(f"Stopped {by} at step {progress.step}, with a checkpoint. The same command continues.")
             return self.signals.status
-        folders = ["model-last"] + ["model"] * (progress.best_loss is None)
+        averaged = self.recipe.checkpoint.average is not None
+        folders = ["model"] * (averaged or progress.best_loss is None) + ["model-last"]
         for name in folders:
-            if (why := self._save_folder(self.run_dir / name)) is not None:
+            save = self._save_average if averaged and name == "model" else self._save_folder
+            if (why := save(self.run_dir / name)) is not None:
                 self.say.sentence(
                     f"All {progress.step} steps are done, and {self.run_dir / name} could not be written ({why}). The "
                     "checkpoint stands; the same command writes it."

@@ -78,9 +78,10 @@ class TranslationTask:
 
     def describe(self) -> str:
         train = self.recipe.train
-        size = f"{train.batch_sentences:,} pairs" if train.batch_sentences else f"at most {train.batch_tokens:,} tokens"
+        tokens = f"at most {train.batch_tokens or 0:,} tokens a side"
+        size = f"{train.batch_sentences:,} pairs" if train.batch_sentences else tokens
         left_out = f"; {self.too_long:,} of {len(self.data.train):,} pairs are too long" if self.too_long else ""
-        return f"steps of {size} a side{left_out}"
+        return f"steps of {size}{left_out}"
 
     def evaluate(self, model: nn.Module, here: Launch) -> Found | None:
         held = self.data.validation
@@ -160,11 +161,12 @@ def flops(config: Any, source: float, target: float) -> float:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, frame: Frame, pairs: Pairs, rows: np.ndarray, here: Launch) -> float:
     """Nats a target token, without label smoothing, of the `rows` of `pairs`. The ranks share the batches; each runs
-    equally many. NaN where no pair fits."""
+    equally many. NaN where no pair fits. Raises launch.Abandoned, on all of them, when one is asked to stop."""
     batches = in_order(pairs, rows.tolist(), EVALUATED)
     total, count = 0.0, 0.0
     for first in range(0, len(batches), here.world):
         group = batches[first : first + here.world]
+        here.check()
         mine = here.rank < len(group)
         batch = frame.batch(pairs, group[here.rank if mine else 0].tolist())
         with here.accelerator.autocast():
