@@ -1,4 +1,4 @@
-"""Reversal: how often both older architectures are exactly right, and whether their strongest alignment is the true one.
+"""Reversal: how often both older architectures are exactly right, and whether their strongest alignment is true.
 
     make bench-reverse
 
