@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 # two operations, and then sleeps. By default it spins far longer; where another program wants the core (a browser on a
 # laptop), each of a step's hundreds of small operations then takes as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Where a rank is gone, torch's own warnings would bury the sentence that says which.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 VERBS = {  # each module has main(argv) -> exit status; a bare CONFIG trains
     "evaluate": "train.perplexity",
     "dashboard": "train.dashboard",
+    "preflight": "train.preflight",
 }
 
 USAGE = """usage: accelerate launch -m train CONFIG [section.key=value ...] [--dry-run]
        python -m train evaluate FOLDER --text FILE [--context N] [--stride N] [--tokens N] [--dtype DTYPE]
        python -m train dashboard ...
+       python -m train preflight CONFIG [section.key=value ...] --nodes N --node R --address HOST:PORT [--seconds S]
 
 CONFIG is a recipe such as configs/demo.yaml, where every key is explained. --dry-run prints what the run would be."""
 

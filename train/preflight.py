@@ -120,8 +120,8 @@ def meet(store: dist.Store, here: Place, name: str, facts: Mapping[str, Any], se
     elif _wait(store, [f"{name}/verdict"], None if seconds is None else seconds + 10):
         raise RecipeError([f"rank 0 at {here.address} has not said within {seconds} s that all ranks are there."])
     problems = json.loads(store.get(f"{name}/verdict"))
-    if here.rank == 0 and problems:
-        _wait(store, [f"{name}/read/{rank}" for rank in range(1, here.world)], 3)  # the store may go with this process
+    if here.rank == 0 and problems:  # the store may go with this process
+        _wait(store, [f"{name}/read/{rank}" for rank in range(1, here.world) if rank not in missing], 3)
     elif problems:
         store.set(f"{name}/read/{here.rank}", "1")
     if problems:
