@@ -20,6 +20,7 @@ from serve.engine.requests import Request, Status
 from serve.engine.runner import Forward
 from serve.engine.scheduler import Share
 
+SHORT = 15  # tokens: sources up to one more are read together, longer ones with those of up to twice their length
 PROBE = 32  # tokens of the source that is read to learn what a row takes
 
 
@@ -81,9 +82,14 @@ class RowsRunner:
             yield _Part([share], state, token)
 
     def _fresh(self, shares: Sequence[Share]) -> Iterator[_Part]:
-        """Sources that nothing was made of so far, read together."""
-        fresh = [share for share in shares if share.start == 0 and share.length == len(share.request.prompt)]
-        if fresh:
+        """Sources that nothing was made of so far, read together with those of similar length: the budget counts no
+        padding, so there must be little of it.
+        """
+        similar: dict[int, list[Share]] = {}
+        for share in shares:
+            if share.start == 0 and share.length == len(share.request.prompt):
+                similar.setdefault(max(SHORT, share.length - 1).bit_length(), []).append(share)
+        for fresh in similar.values():
             state = self.model.start(*pad([share.request.prompt for share in fresh], self._device))
             yield _Part(fresh, state, state.first)
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lm import SamplingParams
 from lm.beam import VLLM, BeamParams, Hypothesis, beam_search
@@ -119,6 +121,52 @@ def test_a_preempted_search_begins_anew_and_finds_the_same(case: Case) -> None:
     for i in (0, 1):
         tokens = [token for output in outputs[str(i)] for token in output.tokens]
         assert tokens == generate(case.model, [case.prompts[i]], greedy)[0]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    work=st.lists(
+        st.tuples(
+            st.integers(0, 8),  # the step before which it comes
+            st.integers(0, 4),  # which prompt
+            st.integers(0, 3),  # the beam's width; 0: greedy
+            st.one_of(st.none(), st.integers(1, 8)),  # steps until it is aborted
+        ),
+        min_size=2,
+        max_size=7,
+    ),
+    blocks=st.integers(23, 50),
+    seats=st.integers(3, 8),
+)
+def test_whoever_comes_or_leaves_the_others_find_the_same(
+    case: Case, work: list[tuple[int, int, int, int | None]], blocks: int, seats: int
+) -> None:
+    engine = case.engine(blocks=blocks, max_num_seqs=seats, max_num_batched_tokens=24, max_model_len=48)
+    outputs: dict[str, list[Output]] = {}
+    step = 0
+    while engine.has_work or any(begin >= step for begin, *_ in work):
+        for i, (begin, number, width, patience) in enumerate(work):
+            prompt = case.prompts[number]
+            if begin == step and width:
+                engine.add(add(str(i), prompt, BeamSearchParams(beam_width=width, max_tokens=10)))
+            elif begin == step:
+                engine.add(Add(f"{i}-0", prompt, replace(GREEDY, ignore_eos=True), 0.0))
+            if patience is not None and begin + patience == step:
+                engine.abort([f"{i}-0"])
+        for output in engine.step().outputs if engine.has_work else ():
+            outputs.setdefault(output.id, []).append(output)
+        engine.blocks.check([request.table for request in engine.scheduler])
+        step += 1
+    assert engine.blocks.free == engine.blocks.count - 1
+    assert not engine.beams._searches
+    for i, (_, number, width, patience) in enumerate(work):
+        prompt = case.prompts[number]
+        if width and (patience is None or f"{i}-0" in outputs):
+            check(case, outputs, str(i), prompt, BeamSearchParams(beam_width=width, max_tokens=10))
+        elif not width:
+            tokens = [token for output in outputs.get(f"{i}-0", []) for token in output.tokens]
+            expected = generate(case.model, [prompt], replace(GREEDY, ignore_eos=True))[0]
+            assert tokens == (expected if patience is None else expected[: len(tokens)])
 
 
 def test_an_abort_frees_it_at_once(case: Case) -> None:

@@ -73,7 +73,7 @@ def alone(translator: Any, source: Sequence[int], count: int) -> list[int]:
 def test_models_write_what_depends_on_what_they_read(translator: Any) -> None:
     written = [tuple(alone(translator, source, 20)) for source in sources(translator, (5, 9, 12, 20, 31))]
     assert len(set(written)) == 5
-    assert len({token for each in written for token in each}) > 15
+    assert len({token for each in written for token in each}) > 8
     assert len({len(each) for each in written}) > 1  # some end by themselves
 
 
