@@ -89,7 +89,6 @@ def idle(served: Served) -> None:
 def test_a_sentence_alone_among_twenty_and_offline(served: Served) -> None:
     texts = sentences(20)
     lone = [served.server.complete(prompt=text, **GREEDY)["choices"][0]["text"] for text in texts[:4]]
-    before = served.server.metric("num_preemptions_total")
 
     def ask(number: int) -> str | None:
         if number % 5 == 4:  # who leaves in the middle
@@ -103,7 +102,15 @@ def test_a_sentence_alone_among_twenty_and_offline(served: Served) -> None:
     assert found[:4] == lone
     assert found == [None if number % 5 == 4 else offline(served, text)[0] for number, text in enumerate(texts)]
     assert len(set(found)) > 10
-    assert served.server.metric("num_preemptions_total") > before
+    idle(served)
+
+
+def test_a_tiny_cache_preempts_and_changes_nothing(served: Served) -> None:
+    texts = sentences(12)
+    answer = served.server.complete(prompt=texts, temperature=0, max_tokens=40, ignore_eos=True)
+    expected = [offline(served, text, max_tokens=40, ignore_eos=True)[0] for text in texts]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert served.server.metric("num_preemptions_total") > 0
     idle(served)
 
 
