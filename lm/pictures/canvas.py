@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm.trace import Maps
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -73,6 +75,11 @@ def heading(kind: str, layer: int | None = None, head: int | None = None) -> str
         words.append(f"head {head}")
     text = ", ".join(words)
     return text[0].upper() + text[1:]
+
+
+def is_alignment(maps: Maps) -> bool:
+    """Whether the record holds the one alignment that a model has, and not one of many heads."""
+    return maps.kinds == ["cross"] and maps.heads is None and list(maps.cross) == [0] and maps.cross[0].shape[0] == 1
 
 
 def save(figure: Figure, file: str | os.PathLike[str]) -> None:

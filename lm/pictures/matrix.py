@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lm.pictures.canvas import every, figure, font_points, heading, plain, size_of
+from lm.pictures.canvas import every, figure, font_points, heading, is_alignment, plain, size_of
 from lm.trace import Maps
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def matrix(maps: Maps, kind: str, layer: int, head: int, *, energies: bool = Fal
         bar = made.colorbar(image, ax=axes, fraction=0.25 / max(width, 0.5), pad=0.15 / max(width, 0.5))
         bar.set_label("energy e_ij", fontsize=points)
         bar.ax.tick_params(labelsize=points)
-    alone = kind == "cross" and len(maps.cross) == len(maps.head_numbers(kind)) == 1
-    text = ("Energies" if energies else "Alignment") if alone else heading(kind, layer, head)
+    text = "Alignment" if is_alignment(maps) else heading(kind, layer, head)
+    if energies:
+        text += ": the energies"
     axes.set_xlabel(text if title is None else title, fontsize=9, labelpad=6, parse_math=False)
     return made
 

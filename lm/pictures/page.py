@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm.alignment import entropy
-from lm.pictures.canvas import COLOURS, heading
+from lm.pictures.canvas import COLOURS, heading, is_alignment
 from lm.trace import Maps
 
 
@@ -49,7 +49,7 @@ def page_kinds(maps: Maps) -> list[dict[str, Any]]:
         layers = maps.of(kind)
         one: dict[str, Any] = {
             "kind": kind,
-            "name": heading(kind),
+            "name": "Alignment" if is_alignment(maps) else heading(kind),
             "queries": queries,
             "keys": keys,
             "layers": list(layers),

@@ -203,7 +203,7 @@
   function drawMatrix(kind) {
     const values = map(kind, state.layer, state.heads[0]);
     const room = Math.max(300, $("detail").clientWidth);
-    const size0 = 14, left = Math.min(220, widest(kind.queries, size0) + 18), top0 = Math.min(220, widest(kind.keys, size0) + 18);
+    const size0 = 14, left = Math.max(100, Math.min(220, widest(kind.queries, size0) + 18)), top0 = Math.min(220, widest(kind.keys, size0) + 18);
     const top = top0 + 20;
     // As large as the window shows whole, never so small that a label cannot be read: then the drawing scrolls.
     const cell = Math.max(14, Math.min(34, Math.floor((room - left - 24) / kind.k), Math.floor((0.85 * innerHeight - top - 14) / kind.q)));
@@ -272,7 +272,7 @@
 
   function drawLines(kind) {
     const step = 23, size = 14, top = 34;
-    const left = Math.min(240, widest(kind.queries, size) + 22), right = Math.min(240, widest(kind.keys, size) + 22);
+    const left = Math.max(90, Math.min(240, widest(kind.queries, size) + 22)), right = Math.max(90, Math.min(240, widest(kind.keys, size) + 22));
     const bar = 9, bars = state.heads.length * bar + 6;
     const rows = Math.max(kind.q, kind.k), room = $("detail").clientWidth - left - right - bars - 12;
     const between = Math.max(90, Math.min(room, 320, Math.max(170, 9 * rows)));
@@ -297,7 +297,7 @@
           for (let j = 0; j < kind.k; j++) if (values[i * kind.k + j] >= FAINTEST) drawn.push([values[i * kind.k + j], i, j, h]);
       drawn.sort((a, b) => a[0] - b[0]); // the strongest on top
       for (const [weight, i, j, h] of drawn) {
-        const w = weight / 255;
+        const w = only === null ? weight / 255 : Math.sqrt(weight / 255); // a row alone has room for its faint lines
         make("line", { x1: left, y1: middle(i, kind.q), x2: left + between + (only === null ? bars : 0), y2: middle(j, kind.k), stroke: colour(h),
           "stroke-opacity": w.toFixed(3), "stroke-width": (0.7 + 2.3 * w).toFixed(2) }, null, beams);
         if (only !== null)
@@ -359,9 +359,8 @@
       button.tabIndex = l === state.layer && h === state.heads[0] ? 0 : -1;
     });
     const several = state.heads.length > 1;
-    const single = kind.layers.length * kind.heads.length === 1;
     const names = state.heads.map((h) => kind.heads[h]).join(", ");
-    $("caption").textContent = single ? (showsEnergies() ? "Energies" : "Alignment")
+    $("caption").textContent = kind.name === "Alignment" ? (showsEnergies() ? "Alignment: the energies" : "Alignment")
       : `${kind.name}, layer ${kind.layers[state.layer]}, ${several ? "heads" : "head"} ${names}`;
     const bits = kind.entropy[state.layer][state.heads[0]];
     $("facts").textContent = several || showsEnergies() ? "" : `spreads over ${(2 ** bits).toFixed(1)} of ${kind.k} tokens (${bits.toFixed(2)} bits on average)`;
