@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,16 @@ CONFIG is a recipe such as configs/demo.yaml, where every key is explained. --dr
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read has read enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: list[str]) -> int:
     if argv and argv[0] in VERBS:
         return importlib.import_module(VERBS[argv[0]]).main(argv[1:])
     options = [word for word in argv if word.startswith("-")]
@@ -75,12 +85,21 @@ def _train(path: str, overrides: list[str], signals: Signals, *, dry_run: bool) 
 
         return run(recipe, signals)
     except RecipeError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        _complain(error.problems)
         return 2
     except Diverged as error:
-        print(error, file=sys.stderr)
+        _complain([str(error)])
         return 1
+
+
+def _complain(problems: list[str]) -> None:
+    """On the screen, once for all ranks of a machine, which find the same; and in the launcher's table."""
+    from train.watch import tell_launcher
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for problem in problems:
+            print(problem, file=sys.stderr)
+    tell_launcher(" ".join(problems))
 
 
 if __name__ == "__main__":

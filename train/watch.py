@@ -269,6 +269,11 @@ def lost_peer(error: BaseException) -> bool:
 def say(sentence: str) -> None:
     """On the screen, and in the launcher's own table of what failed."""
     print(sentence, file=sys.stderr, flush=True)
+    tell_launcher(sentence)
+
+
+def tell_launcher(sentence: str) -> None:
+    """Have torch's launcher show the sentence as what this rank failed of."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         told = {

@@ -218,3 +218,43 @@ def test_gloo_speaks_over_the_network_that_joins_the_nodes(nodes: Nodes, begin) 
     asked = [begin(nodes.on(node, [sys.executable, "-c", program]), RANK=str(node), **several) for node in (0, 1)]
     for one in asked:
         assert (one.end(), one.said()) == (0, "cable\n")
+
+
+# ------------------------------------------------------------ a batch job
+
+STANDINS = {
+    # Each task of a step is a node, here all on this machine.
+    "srun": """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+pids=()
+for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" & pids+=($!); done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+""",
+    "scontrol": """#!/bin/bash
+[[ "$*" == "show hostnames $SLURM_JOB_NODELIST" ]] && printf '127.0.0.1\\n127.0.0.1\\n'
+""",
+}
+
+
+def test_the_batch_job_checks_its_nodes_and_trains_on_them(begin, tiny_yaml: Path, tmp_path: Path) -> None:
+    for name, script in STANDINS.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "PROCESSES": "1",
+        "LAUNCH": "configs/accelerate/nodes-cpu.yaml",
+    }
+    run = tmp_path / "run"
+    ended = begin(["bash", "configs/slurm.sbatch", str(tiny_yaml), f"run.dir={run}", "train.steps=3"], **job)
+    assert ended.end() == 0, ended.said()
+    assert "2 node(s) are there, with the same program and recipe" in ended.said()
+    assert "2 process(es)" in ended.said()
+    assert [row["step"] for row in read(run / "metrics.jsonl")] == [1, 2, 3]
+    assert (run / "model-last" / "model.safetensors").exists()
+    assert begin(["bash", "configs/slurm.sbatch"], **job).end() == 2
