@@ -113,10 +113,8 @@ class Optim:
     weight_decay: NotNegative = 0.1
     clip: Positive | None = 1.0
     momentum: Annotated[float, Range(least=0, below=1)] = 0.95
-    spike: Positive | None = 10.0
-    max_skips: Count = 10
     rho: Annotated[float, Range(least=0, below=1)] = 0.95
-    spike: Positive | None = 10.0
+    spike: Positive | None = None
     max_skips: Count = 10
 
 
@@ -160,7 +158,6 @@ class Eval:
 class Checkpoint:
     every: Count = 1000
     keep: Count = 2
-    ephemeral: Positive | None = 60.0
     ephemeral: Positive | None = 60.0
     average: Count | None = None
 

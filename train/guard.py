@@ -5,9 +5,11 @@ deviations above their median; a deviation is estimated from the median distance
 standard deviation of a normal distribution), which a few outliers do not move. What is not finite is never remembered,
 so that one NaN cannot poison it; what is finite always is, so that a lasting change of level becomes the new level.
 
-It is made to be wrong about no healthy run: it is silent until it has a full history, a deviation is taken as no less
-than LEAST_LOSS nats and, of the norm's logarithm, LEAST_NORM. So at the default of 10 a loss must rise by one nat and
-by ten deviations, a norm to e^5 = 148 times its median: clipping is what smaller ones are for.
+It is slow to speak: silent until it has a full history, and a deviation is taken as no less than LEAST_LOSS nats and,
+of the norm's logarithm, LEAST_NORM. With spike=10 a loss must rise by one nat and by ten deviations, a norm to e^5 =
+148 times its median: clipping is what smaller ones are for. Still it is off by default. A spike that a broken batch
+makes is gone with the batch; one that the weights make, after too high a rate, stays however many batches are left out,
+and would have gone by training on: leaving out is then the way to end a run that would have recovered.
 """
 
 from __future__ import annotations
