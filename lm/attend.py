@@ -78,6 +78,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--out is {options.out}; its name must end in one of {', '.join(OUTPUTS)}.")
     if not out.parent.is_dir():
         raise ValueError(f"--out is {options.out}; the folder {out.parent} does not exist.")
+    if options.target is not None and options.beam != 1:
+        raise ValueError("--beam searches for an output; it cannot be given with --target, which is one.")
+    if options.energies and (options.lines or options.word is not None or out.suffix.lower() not in (".png", ".svg")):
+        raise ValueError("--energies is for a matrix in a picture; lines are weights, and every other file has both.")
     for name in ("layer", "head"):
         value = getattr(options, name)
         if value is not None and value < 0:
@@ -120,7 +124,7 @@ def look(options: argparse.Namespace) -> Seen:
         max_tokens=options.max_tokens,
     )
     found(trace, maps, options)
-    return Seen(maps, options.sentence, output, f"Attention of {path.resolve().name}")
+    return Seen(maps, options.sentence, output, f"Attention of {'/'.join(path.resolve().parts[-2:])}")
 
 
 def found(trace: AttentionTrace, maps: Maps, options: argparse.Namespace) -> None:
@@ -154,17 +158,17 @@ def attention(
     Raises ValueError, one sentence, for what is empty, too long, or beyond the record's bounds.
     """
     from lm.beam import BeamParams, beam_search
-    from lm.search import checked
 
     source = encode(model, tokenizer, "sentence", sentence)
     if not sentence.strip():
         raise ValueError("the sentence is empty; it must hold at least one token.")
-    (room,) = checked(model, [source])
+    room = model.room(len(source))
     translates = model.encoder_decoder or source[-1] == tokenizer.bos_id
     if target is not None or not (translates or max_tokens):
         read = encode(model, tokenizer, "target", target or "", add_special_tokens=False)
-        if len(read) >= room:
-            raise ValueError(f"the target has {len(read)} tokens; after this sentence it must have fewer than {room}.")
+        most = room - 1 if translates else room  # a translation has an end as well
+        if len(read) > most:
+            raise ValueError(f"the target has {len(read)} tokens; after this sentence it may have {most} at most.")
         maps = forced(model, source, read, trace)
         written, output = [*read, *stop_ids[:1]], target
     else:

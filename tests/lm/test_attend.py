@@ -254,6 +254,8 @@ def test_a_language_model_reads_a_sentence_as_it_stands(
         (["--energies"], "--energies is given; this model has none"),
         (["--beam", "0"], "beam must be at least 1, got 0."),
         (["--target", "dog " * 99], "the target has "),
+        (["--target", "dog", "--beam", "2"], "--beam searches for an output; it cannot be given with --target"),
+        (["--energies", "--lines"], "--energies is for a matrix in a picture;"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
@@ -299,3 +301,13 @@ def test_no_folder_no_kind_no_alignment(
     status, _, error = run(capsys, folder("rnnsearch"), "Hund", "--kind", "encoder", *out)
     assert (status, error) == (2, "--kind is encoder; this model has cross attention alone.\n")
     assert run(capsys, folder("rnnsearch"), *out)[0] == 2
+
+
+def test_a_fixed_context_has_no_attention_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, tokenizer = translator("rnnsearch")
+    values = SHAPES["rnnsearch"][1] | {"vocab_size": tokenizer.vocab_size, "start_id": tokenizer.bos_id}
+    pretrained.save(
+        make_model(make_config("rnnsearch", values | {"fixed_context": True})), tmp_path / "m", tokenizer=tokenizer
+    )
+    status, _, error = run(capsys, tmp_path / "m", "Hund", "--target", "dog", "--out", tmp_path / "a.png")
+    assert (status, error) == (2, "this model attends to nothing: its context is one fixed state.\n")
