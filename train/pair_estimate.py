@@ -11,6 +11,7 @@ from train.config import Recipe, RecipeError
 from train.estimate import Speed, World, duration, si, size
 from train.pair_prepare import find_pairs
 from train.pair_sources import open_pairs
+from train.schema import show
 from train.translation import fits, flops
 
 READ = 200_000  # pairs that a dry run reads to learn their lengths
@@ -44,6 +45,10 @@ def look(recipe: Recipe) -> Known:
         held = 0 if prepared.validation is None else len(prepared.validation)
         note = f"{len(rows):,} pairs that fit, prepared, with {held:,} for validation"
         return Known(len(rows), *_means(source, target), prepared.tokenizer.vocab_size, note)
+    if recipe.data.dataset is not None:  # it may have to be fetched to be counted
+        entries = recipe.tokenizer.vocab_size or 30_000
+        asked = f"not prepared (data.dataset is {show(recipe.data.dataset)}); {ASSUMED:.0f} tokens a side assumed"
+        return Known(None, ASSUMED, ASSUMED, ASSUMED, entries, asked)
     words: set[str] = set()
     lengths: list[tuple[int, int]] = []
     whole = True
