@@ -78,8 +78,8 @@ def heading(kind: str, layer: int | None = None, head: int | None = None) -> str
 
 
 def is_alignment(maps: Maps) -> bool:
-    """Whether the record holds the one alignment that a model has, and not one of many heads."""
-    return maps.kinds == ["cross"] and maps.heads is None and list(maps.cross) == [0] and maps.cross[0].shape[0] == 1
+    """Whether the record is the one alignment that a model learned (RNNsearch's, with its energies), and not a head."""
+    return maps.kinds == ["cross"] and len(maps.cross) == len(maps.energies) == len(maps.head_numbers("cross")) == 1
 
 
 def save(figure: Figure, file: str | os.PathLike[str]) -> None:

@@ -76,7 +76,9 @@ def grid(
         for j, head in enumerate(heads):
             weights = maps.of(kind)[layer][numbers.index(head)]
             top, left = i * (q + gap), j * (k + gap)
-            tiles[top : top + q, left : left + k] = weights / weights.max().clamp(min=1e-9)
+            # A causal map's first row has but one place to look at: it says nothing about the largest.
+            largest = weights[1:].max() if kind == "decoder" and q > 1 else weights.max()
+            tiles[top : top + q, left : left + k] = (weights / largest.clamp(min=1e-9)).clamp(max=1)
     rows, columns = tiles.shape
     cell = min(PANEL / max(q, k), WIDEST_GRID / columns, WIDEST_GRID / rows)
     made = figure()

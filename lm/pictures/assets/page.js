@@ -55,19 +55,17 @@
   const within = (value, count) => Math.max(0, Math.min(count - 1, value));
 
   // Grey pixels: black 0, white 1, as in the paper; or white the largest of the map.
-  function paint(canvas, values, q, k, relative) {
+  // A causal map's first row has but one place to look at: it is left out of what is the largest.
+  function paint(canvas, values, { q, k, kind }, relative) {
     canvas.width = k;
     canvas.height = q;
     const image = new ImageData(k, q);
-    const largest = relative ? Math.max(1, ...maxima(values, q, k)) : 255;
+    const largest = relative ? values.subarray(kind === "decoder" && q > 1 ? k : 0).reduce((a, b) => Math.max(a, b), 1) : 255;
     for (let i = 0; i < values.length; i++) {
-      const grey = Math.round((values[i] / largest) * 255);
+      const grey = Math.min(255, Math.round((values[i] / largest) * 255));
       image.data.set([grey, grey, grey, 255], 4 * i);
     }
     canvas.getContext("2d").putImageData(image, 0, 0);
-  }
-  function maxima(values, q, k) {
-    return Array.from({ length: q }, (_, i) => values.subarray(i * k, (i + 1) * k).reduce((a, b) => Math.max(a, b), 0));
   }
 
   const ruler = document.createElement("canvas").getContext("2d");
@@ -113,7 +111,7 @@
         const name = `layer ${kind.layers[l]}, head ${kind.heads[h]}`;
         const button = make("button", { type: "button", "aria-label": name, title: name }, null, grid);
         const canvas = make("canvas", {}, null, button);
-        paint(canvas, map(kind, l, h, false), kind.q, kind.k, true);
+        paint(canvas, map(kind, l, h, false), kind, true);
         canvas.style.cssText = `width:${wide}px;height:${high}px;image-rendering:${ratio > side ? "auto" : "pixelated"}`;
         button.addEventListener("click", (event) => {
           if (event.shiftKey && state.layer === l) return toggleHead(h);
@@ -220,7 +218,7 @@
       return group;
     });
     const canvas = document.createElement("canvas");
-    paint(canvas, values, kind.q, kind.k, state.scale === "largest" && !showsEnergies());
+    paint(canvas, values, kind, state.scale === "largest" && !showsEnergies());
     const image = make("image", { href: canvas.toDataURL(), x: left, y: top, width: kind.k * cell, height: kind.q * cell,
       preserveAspectRatio: "none", role: "img", "aria-label": $("caption").textContent }, null, svg);
     const shades = [0, 1].map(() => make("rect", { class: "shade", x: left, width: kind.k * cell, y: top, height: 0 }, null, svg));
