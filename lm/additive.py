@@ -102,7 +102,7 @@ def _align(
         of_state = by_state(s)
         queries[t] = of_state[:, :size]
         torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
-        torch.add((hidden.view(-1, size) @ v).view(mask.shape), closed, out=energies[t])
+        torch.add((hidden.flatten(0, 1) @ v).view(mask.shape), closed, out=energies[t])
         torch.softmax(energies[t], dim=-1, out=alphas[t])
         context = torch.bmm(alphas[t].unsqueeze(1), values).squeeze(1)  # as the unit reads it
         torch.add(x[t], context, out=context)
@@ -158,7 +158,7 @@ def _align_back(
         de.addcmul_(alphas[t], de.sum(dim=-1, keepdim=True), value=-1)
         # tanh(a) is 2 sigmoid(2a) - 1, its slope 4 sigmoid(2a) (1 - sigmoid(2a)); the 2, the 4 and v are for later
         torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
-        dv.addmv_(hidden.view(-1, size).t(), de.view(-1))
+        dv.addmv_(hidden.flatten(0, 1).t(), de.flatten())
         torch.ops.aten.sigmoid_backward.grad_input(de.unsqueeze(-1), hidden, grad_input=slope)
         dkeys += slope
         torch.mul(slope.sum(dim=1), v, out=dquery)
