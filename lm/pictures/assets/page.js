@@ -399,7 +399,8 @@
   }
 
   $("title").textContent = data.title;
-  for (const [name, text] of [["Source", data.source], ["Output", data.target]]) {
+  const read = data.kinds.some((kind) => kind.kind !== "decoder") ? "Source" : "Text";
+  for (const [name, text] of [[read, data.source], ["Output", data.target]]) {
     if (!text) continue;
     make("dt", {}, name, $("texts"));
     make("dd", { dir: "auto" }, text, $("texts"));
