@@ -7,7 +7,6 @@ others do not notice.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine import sampler
+from serve.engine.admission import Admission
 from serve.engine.beams import NOT_A_NUMBER, Beams
 from serve.engine.blocks import BlockManager
-from serve.engine.detokenizer import Detokenizer, Match, StopStrings
+from serve.engine.detokenizer import Match
 from serve.engine.messages import Add, AddBeam, Output, Stats, Step, Timings, TokenLogprobs
 from serve.engine.pages import Pages
-from serve.engine.requests import BeamRequest, Request, Status, beam_tokens
+from serve.engine.requests import BeamRequest, Request, Status
 from serve.engine.rows import RowsRunner
 from serve.engine.runner import PagedRunner, Runner
 from serve.engine.scheduler import Scheduler, Share
@@ -56,8 +55,6 @@ class Engine:
     ) -> None:
         self.tokenizer = tokenizer
         self.eos = tuple(eos)
-        self.vocab_size: int = model.config.vocab_size
-        self.encoder_decoder: bool = model.encoder_decoder
         self.max_model_len = max_model_len or model.config.context
         self.blocks = BlockManager(blocks, block_size)
         self.scheduler = Scheduler(
@@ -69,7 +66,16 @@ class Engine:
         self.beams = Beams(model, self.eos)
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []  # between steps: refused on arrival
-        self._seeds = random.Random(seed)
+        self._admission = Admission(
+            tokenizer,
+            self.scheduler,
+            eos=self.eos,
+            max_model_len=self.max_model_len,
+            vocab_size=model.config.vocab_size,
+            encoder_decoder=model.encoder_decoder,
+            source=self.runner.source,
+            seed=seed,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -82,84 +88,12 @@ class Engine:
             for id in ids:
                 if id in self._requests:
                     raise ValueError(f"a request with the id {id!r} is already running.")
-            request = self._beam(message) if isinstance(message, AddBeam) else self._sequence(message)
+            request = self._admission.request(message)
         except (ValueError, TypeError, OverflowError) as error:
             self._ended += [Output(id=id, finish_reason="error", error=str(error)) for id in ids]
             return
         self._requests |= dict.fromkeys(ids, request)
         self.scheduler.add(request)
-
-    def _sequence(self, message: Add) -> Request:
-        """Raises ValueError for what cannot be carried out."""
-        prompt, params = message.prompt, message.params
-        request = Request(
-            id=message.id,
-            prompt=prompt,
-            params=params,
-            generate=message.generate,
-            arrival=message.arrival,
-            limit=self._limit(len(prompt), params.max_tokens if message.generate else 0),
-            whole=len(prompt) if self.runner.source else 0,
-        )
-        self._check(request)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        # What is generated goes on after a decoder's prompt; a translation goes on after nothing.
-        before = [] if self.encoder_decoder else prompt
-        request.draw = sampler.prepare(request, before, seed, self.eos)
-        request.detokenizer = Detokenizer(self.tokenizer.inner, before, skip_special_tokens=params.skip_special_tokens)
-        request.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
-        if params.prompt_logprobs is not None:
-            if self.runner.source:
-                raise ValueError("the model reads a source, whose tokens have no probabilities.")
-            request.prompt_logprobs = [None]  # nothing comes before the first token
-        return request
-
-    def _beam(self, message: AddBeam) -> BeamRequest:
-        """Raises ValueError for what cannot be carried out."""
-        prompt, params = message.prompt, message.params
-        if 2 * params.beam_width > self.vocab_size:
-            raise ValueError(f"beam_width is {params.beam_width}; it may be half of the vocabulary, {self.vocab_size}.")
-        limit = self._limit(len(prompt), params.max_tokens)
-        request = BeamRequest(
-            id=message.ids[0],
-            ids=message.ids,
-            prompt=prompt,
-            params=SamplingParams(),
-            beam=params,
-            arrival=message.arrival,
-            limit=limit,
-            whole=len(prompt),
-            width=params.beam_width,
-            reserve=beam_tokens(len(prompt), limit, params),
-        )
-        self._check(request)
-        return request
-
-    def _limit(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens may follow a prompt of so many: as many as wanted; None for all that there is room for.
-
-        Raises ValueError for a prompt that is empty or too long, and for more than there is room for.
-        """
-        room = self.max_model_len - (0 if self.encoder_decoder else prompt)
-        limit = max(room, 1) if wanted is None else wanted
-        if not 1 <= prompt <= self.max_model_len or limit > room:
-            raise ValueError(
-                f"{prompt} tokens of prompt and {limit} more are too many, or none; max_model_len is "
-                f"{self.max_model_len}{', for each' if self.encoder_decoder else ''}."
-            )
-        return limit
-
-    def _check(self, request: Request) -> None:
-        """Raises ValueError for what the scheduler could never admit."""
-        scheduler = self.scheduler
-        needed = max(len(request.prompt) + max(request.limit - 1, 0), request.reserve)
-        for what, much, most in (
-            ("tokens in the cache", needed, self.blocks.capacity),
-            ("tokens in one step", max(request.whole, request.width), scheduler.budget),
-            ("sequences at once", request.width, scheduler.seats),
-        ):
-            if much > most:
-                raise ValueError(f"the request needs {much} {what}; there is room for {most}.")
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forgets requests, and frees what they hold at once; ids that are not known are passed over."""
