@@ -11,6 +11,7 @@ autocast, compile).
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 16  # below this many rows the operator's own cost outweighs its speed
+PACKED_ROWS = 512  # up to which `Packed` is for
 
 
 class Linear(nn.Linear):
@@ -68,6 +70,51 @@ def onednn_is_usable() -> bool:
         return torch.allclose(product(x, weight), F.linear(x, weight), rtol=1e-4)
     except (AttributeError, RuntimeError):
         return False
+
+
+class Packed:
+    """Maps of the same x as one product, for decoding: few rows at a time, the same weights again and again.
+
+    The weights are laid out once as oneDNN multiplies them fastest (1.1 times as fast as unpacked at 128 rows, twice at
+    4), when first asked for, and again when one of them has changed. That takes their memory once more; `clear` gives
+    it back.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was laid out."""
+        self.key: list[tuple[int, int]] | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __deepcopy__(self, memo: object) -> Packed:
+        return Packed()  # a copied model's weights lie elsewhere
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """x [..., in], weights [out_i, in], biases [out_i] or None, all or none -> [..., sum of out_i]."""
+        key = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights]
+        if key != self.key:
+            self.bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+            whole = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(whole.detach(), PACKED_ROWS)
+            self.key = key
+        assert self.weight is not None
+        return product(x, self.weight, self.bias)
+
+
+def packing_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [..., in] is few rows to be multiplied without a gradient, where `Packed` works."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() <= PACKED_ROWS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and onednn_is_usable()
+    )
 
 
 class _OneDNNLinear(torch.autograd.Function):

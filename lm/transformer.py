@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.attention import explicit_attention, fused_attention
 from lm.dropout import dropout
-from lm.linear import Linear, linear
+from lm.linear import Linear, Packed, linear, packing_pays
 from lm.loss import Loss, head_loss
 from lm.positions import sinusoidal_table
 from lm.trace import AttentionTrace
@@ -46,7 +46,7 @@ class Look(Protocol):
 class MultiHeadAttention(nn.Module):
     """The learned maps of section 3.2.2: to each head's queries, keys and values, and from all heads' outputs back.
 
-    Stored unfused; `project` computes the three as one product.
+    Stored unfused; `project` computes the three as one product where that is faster.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -57,31 +57,44 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = Linear(config.width, keys, bias=config.bias)
         self.v_proj = Linear(config.width, values, bias=config.bias)
         self.o_proj = Linear(values, config.width, bias=config.bias)
+        self.packed_in, self.packed_out = Packed(), Packed()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, width] -> q and k [B, T, H, d_k], v [B, T, H, d_v]."""
-        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
-        return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        q, k, v = self._heads(together(x, (self.q_proj, self.k_proj, self.v_proj), self.packed_in))
+        return q, k, v
 
     def query(self, x: Tensor) -> Tensor:
         """x [B, T, width] -> q [B, T, H, d_k]."""
-        return self.q_proj(x).unflatten(-1, (self.heads, -1))
+        return self._heads(together(x, (self.q_proj,), self.packed_in))[0]
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [B, S, width] -> k [B, S, H, d_k], v [B, S, H, d_v]."""
-        k, v = together(memory, self.k_proj, self.v_proj)
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        k, v = self._heads(together(memory, (self.k_proj, self.v_proj)))
+        return k, v
+
+    def _heads(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part.unflatten(-1, (self.heads, -1)) for part in parts]
 
     def output(self, mixed: Tensor) -> Tensor:
         """[B, T, H, d_v] -> [B, T, width]."""
-        return self.o_proj(mixed.flatten(-2))
+        return together(mixed.flatten(-2), (self.o_proj,), self.packed_out)[0]
 
 
-def together(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
-    """Several maps of the same x as one product: it is read once, and the product is large enough to be fast."""
-    weight = torch.cat([map.weight for map in maps])
-    bias = None if maps[0].bias is None else torch.cat([map.bias for map in maps])
-    return linear(x, weight, bias).split([map.out_features for map in maps], dim=-1)
+def together(x: Tensor, maps: Sequence[Linear], packed: Packed | None = None) -> Sequence[Tensor]:
+    """Several maps of the same x, as one product where x has so many rows that gathering the weights costs little.
+
+    packed: where the weights are kept for decoding, None to keep none.
+    """
+    weights: list[Tensor] = [map.weight for map in maps]
+    biases: list[Tensor | None] = [map.bias for map in maps]
+    sizes = [len(weight) for weight in weights]
+    if packed is not None and packing_pays(x, weights[0]):
+        return packed(x, weights, biases).split(sizes, dim=-1)
+    if len(maps) == 1 or x.numel() < 4 * weights[0].numel():
+        return [map(x) for map in maps]
+    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    return linear(x, torch.cat(weights), bias).split(sizes, dim=-1)
 
 
 class MLP(nn.Module):
@@ -92,15 +105,16 @@ class MLP(nn.Module):
         self.activation = config.activation
         self.up_proj = Linear(config.width, config.mlp_width, bias=config.bias)
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.packed_up, self.packed_down = Packed(), Packed()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        inner = self.up_proj(x)
+        (inner,) = together(x, (self.up_proj,), self.packed_up)
         if self.activation == "relu":
             inner = F.relu(inner)
         else:
             inner = F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.down_proj(inner)
+        return together(inner, (self.down_proj,), self.packed_down)[0]
 
 
 class Residual(nn.LayerNorm):
@@ -216,6 +230,7 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.register_buffer("positions", self.position_table(), persistent=False)
+        self.packed_head = Packed()
         self.recompute = False  # activation checkpointing, layer by layer
         self.initialise()
 
@@ -293,7 +308,17 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]."""
+        if packing_pays(hidden, self.output_weight):
+            return self.packed_head(hidden, [self.output_weight], [None])
         return linear(hidden, self.output_weight)
+
+    def train(self, mode: bool = True) -> Transformer:
+        if mode:  # the weights are about to change
+            for module in self.modules():
+                for held in vars(module).values():
+                    if isinstance(held, Packed):
+                        held.clear()
+        return super().train(mode)
 
     def forward(self, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Loss:
         """The loss of translations, all positions in parallel.

@@ -39,8 +39,8 @@ class Memory:
     def select(self, index: Tensor) -> Memory:
         return replace(
             self,
-            keys=[k[index] for k in self.keys],
-            values=[v[index] for v in self.values],
+            keys=[k.index_select(0, index) for k in self.keys],
+            values=[v.index_select(0, index) for v in self.values],
             lengths=self.lengths[index],
             mask=None if self.mask is None else self.mask[index],
         )
@@ -115,8 +115,8 @@ class TransformerState:
         longest = self.longest if self.even else int(lengths.max()) if len(lengths) else 0
         return TransformerState(
             self._select_memory((index // max(1, each)).tolist(), index.device),
-            self.keys[:, index],
-            self.values[:, index],
+            self.keys.index_select(1, index),
+            self.values.index_select(1, index),
             lengths,
             self.first[index],
             self.context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import lm.transformer
 from lm.config import ConfigError
+from lm.linear import Packed, onednn_is_usable
 from lm.loss import IGNORE
 from lm.transformer import Residual, Transformer
 from lm.transformer_config import TransformerConfig
@@ -349,6 +351,43 @@ def test_sources_are_refused_with_a_sentence() -> None:
         model.start(torch.tensor([[5], [6]]), torch.tensor([[True], [False]]))
     with pytest.raises(ValueError, match=r"^the source has 25 tokens; it may have 24 at most\.$"):
         model.start(torch.full((1, 25), 5))
+
+
+def decoded(model: Transformer) -> Tensor:
+    with torch.no_grad():
+        state = model.start(torch.tensor([[5, 6, 7]]))
+        return model.step(torch.tensor([[4]]), state)[0]
+
+
+def test_decoding_sees_every_change_of_the_weights() -> None:
+    """What is laid out for decoding is laid out again after an update, a load, and in a copy."""
+    model = shaken()
+    before = decoded(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(decoded(copied), before)
+    saved = {name: p.clone() for name, p in model.state_dict().items()}
+    for change in (
+        lambda: model.load_state_dict({name: 1.5 * p for name, p in saved.items()}),
+        lambda: [p.detach().mul_(1.1) for p in model.parameters()],
+        lambda: model.load_state_dict({name: p.clone() for name, p in saved.items()}, assign=True),
+    ):
+        change()
+        fresh = shaken()
+        fresh.load_state_dict(model.state_dict())
+        torch.testing.assert_close(decoded(model), decoded(fresh))
+    torch.testing.assert_close(decoded(model), before)
+    assert torch.equal(decoded(copied), before)
+
+
+@pytest.mark.skipif(not onednn_is_usable(), reason="torch has no oneDNN linear here")
+def test_training_gives_back_what_decoding_laid_out() -> None:
+    model = shaken()
+    decoded(model)
+    packs = [held for m in model.modules() for held in vars(m).values() if isinstance(held, Packed)]
+    assert any(pack.weight is not None for pack in packs)
+    model.train()
+    assert all(pack.weight is None for pack in packs)
+    assert not any("packed" in name for name in model.state_dict())
 
 
 # ------------------------------------------------------------ configs
