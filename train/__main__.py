@@ -26,6 +26,7 @@ VERBS = {  # each module has main(argv) -> exit status; a bare CONFIG trains
 
 USAGE = """usage: accelerate launch -m train CONFIG [section.key=value ...] [--dry-run]
        python -m train evaluate FOLDER --text FILE [--context N] [--stride N] [--tokens N] [--dtype DTYPE]
+       python -m train evaluate FOLDER --source FILE --target FILE [--beam N] [--length-penalty ALPHA] [--tokenize KIND]
        python -m train dashboard ...
        python -m train preflight CONFIG [section.key=value ...] --nodes N --node R --address HOST:PORT [--seconds S]
 

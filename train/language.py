@@ -93,6 +93,9 @@ class LanguageTask:
             outputs = generate(model, self.prompts, params, stops)
         return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(recipe.eval.prompts, outputs, strict=True)]
 
+    def pictures(self, model: nn.Module, run_dir: Path, step: int) -> list[tuple[str, Path]]:
+        return []
+
     def save(
         self, model: nn.Module, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, run_dir: Path, step: int
     ) -> None:

@@ -401,6 +401,9 @@ class Trainer:
             self.tracker.samples(self.progress.step, list(samples))
             first = samples[0]
             self.say.sentence(f"    {first[0]!r} -> {first[1][:200]!r}")
+        with suppress(OSError):  # a full disk: there are others later
+            for name, path in self.task.pictures(self.bare, self.run_dir, self.progress.step):
+                self.tracker.image(self.progress.step, name, path)
         self.model.train()
 
     def _draw(self) -> None:

@@ -1,4 +1,4 @@
-"""`python -m train evaluate FOLDER --text FILE`: how well a model folder predicts a text.
+"""`python -m train evaluate FOLDER --text FILE`: how well a model folder predicts a text (train/judge.py has pairs).
 
 The text is cut into windows as transformers' users cut it, so that the figures are theirs. A window holds `context`
 tokens and begins `stride` tokens after the one before it; what a window scores are its tokens that no window before it
@@ -103,6 +103,11 @@ def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[tuple[dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 with one sentence for what cannot be as asked."""
+    given = sys.argv[1:] if argv is None else argv
+    if any(word.startswith(("--source", "--target")) for word in given):
+        from train import judge
+
+        return judge.main(given)
     options = parser().parse_args(argv)
     try:
         print("\n".join(report(options)))
@@ -116,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m train evaluate",
-        description="Perplexity, nats a token and bits a byte of a model folder on a text, counted as transformers do.",
+        description="Perplexity, nats a token and bits a byte of a model folder on a text, counted as transformers do. "
+        "With --source and --target in place of --text: BLEU, chrF and loss of its translations; see --source --help.",
     )
     add = parser.add_argument
     add("folder", help="a model folder (config.json, model.safetensors, tokenizer.json) or a GGUF file")

@@ -61,6 +61,10 @@ class Task(Protocol):
         """What the model makes of some inputs: (input, output), or (input, output, reference) where it is known what
         should come out. The main rank calls it, in evaluation mode."""
 
+    def pictures(self, model: nn.Module, run_dir: Path, step: int) -> list[tuple[str, Path]]:
+        """Files that were written below `run_dir`, each with the name it is tracked under. The main rank calls it, in
+        evaluation mode. Raises OSError."""
+
     def save(
         self, model: nn.Module, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, run_dir: Path, step: int
     ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lm import pretrained
 from lm.architectures import make_model
+from lm.trace import AttentionTrace
 from lm.translate import translate
 from train import bleu, pair_card
 from train.config import Recipe, RecipeError
@@ -23,6 +24,7 @@ from train.task import Found
 
 EVALUATED = 1 << 12  # tokens a side of a batch that is scored
 SHOWN = 8  # samples
+PICTURED = 25  # words of a source whose attention is drawn, at most: a picture with more is hard to read
 
 
 class TranslationTask:
@@ -122,6 +124,27 @@ class TranslationTask:
             self.shown = [(source, out.text, target) for (source, target), out in zip(pairs, found, strict=True)]
         shown, self.shown = self.shown, []
         return shown
+
+    def pictures(self, model: nn.Module, run_dir: Path, step: int) -> list[tuple[str, Path]]:
+        """What the model attends to while it translates the first held-out source: for RNNsearch the alignment."""
+        from lm import pictures
+        from lm.attend import attention
+
+        source = next((pair[0] for pair in self.data.held if len(pair[0].split()) <= PICTURED), None)
+        if source is None:
+            return []
+        ends = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        maps, _ = attention(model, self.tokenizer, source, ends, AttentionTrace())
+        if not maps.kinds:
+            return []  # RNNencdec attends to nothing
+        kind = maps.kinds[-1]
+        layers, heads = list(maps.of(kind)), maps.head_numbers(kind)
+        one = len(layers) == len(heads) == 1
+        figure = pictures.matrix(maps, kind, layers[0], heads[0]) if one else pictures.grid(maps, kind)
+        path = run_dir / "samples" / f"attention-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(figure, path)
+        return [("eval/attention", path)]
 
     def save(
         self, model: Any, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, run_dir: Path, step: int
