@@ -34,7 +34,7 @@ class LanguageTask:
         self.batches = Batches(
             prepared.train,
             context=recipe.model.context,
-            batch_tokens=recipe.train.batch_tokens,
+            batch_tokens=recipe.batch_tokens,
             seed=recipe.run.seed,
             eos_id=prepared.tokenizer.eos_id,
             document_mask=recipe.data.document_mask,
@@ -64,7 +64,7 @@ class LanguageTask:
         return [self.batches.batch(update, slice(row, min(row + size, last))) for row in range(first, last, size)]
 
     def describe(self) -> str:
-        return f"steps of {self.recipe.train.batch_tokens:,} tokens"
+        return f"steps of {self.recipe.batch_tokens:,} tokens"
 
     def evaluate(self, model: nn.Module, here: Launch) -> Found | None:
         if self.data.validation is None:

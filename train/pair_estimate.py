@@ -64,8 +64,8 @@ def look(recipe: Recipe) -> Known:
     rate = PIECES if recipe.tokenizer.kind == "bpe" else 1.0
     source, target = (np.array([pair[side] for pair in lengths]) * rate + 1 for side in range(2))
     distinct = len(words) + SPECIAL
-    asked = recipe.tokenizer.vocab_size or distinct
-    entries = min(asked, distinct) if rate == 1 else asked
+    most = recipe.tokenizer.vocab_size or distinct
+    entries = min(most, distinct) if rate == 1 else most
     assumed = f"; {rate} tokens a word assumed" if rate != 1 else ""
     share = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
     count = len(lengths) if recipe.data.validation_source is not None else round(len(lengths) * (1 - share))
