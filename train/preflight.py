@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import ipaddress
 import json
 import os
 import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -52,13 +53,15 @@ def place() -> Place:
     """Where this process is, as torch's launcher, or anything else that sets RANK, says."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     return Place(
         rank=rank,
         world=world,
         node=int(os.environ.get("GROUP_RANK", rank // local)),
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", -(-world // local))),
         host=socket.gethostname(),
-        address=f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}",
+        address=address,
+        ip=own_ip(address) if world > 1 else "",
     )
 
 
@@ -84,13 +87,13 @@ def begin(recipe: Recipe) -> tuple[Watch, dist.Store | None]:
         return Watch(here), None
     if here.world < 2:
         return Watch(here), None
-    use_the_interface_of(here)
     patience = float(recipe.train.timeout)
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
     name = f"heed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     first = connect(here, patience, keep=not kept and here.rank == 0)
     store = dist.PrefixStore(name, first)
     places = meet(store, here, "program", program(recipe), patience)
+    use_the_interface_between(here, places)
     # Two connections: the watch talks while the main thread waits on its own.
     return Watch(here, dist.PrefixStore(name, connect(here, patience)), places, patience), store
 
@@ -111,7 +114,9 @@ def meet(store: dist.Store, here: Place, name: str, facts: Mapping[str, Any], se
     seconds: how long to wait for the last one; None for as long as it takes, where a Watch says who is gone. Raises
     RecipeError, on every rank the same, for ranks that do not come and facts that differ.
     """
-    store.set(f"{name}/{here.rank}", json.dumps({"host": here.host, "node": here.node, "facts": dict(facts)}))
+    store.set(
+        f"{name}/{here.rank}", json.dumps({"host": here.host, "node": here.node, "ip": here.ip, "facts": dict(facts)})
+    )
     keys = [f"{name}/{rank}" for rank in range(here.world)]
     if here.rank == 0:
         missing = _wait(store, keys, seconds)
@@ -128,7 +133,8 @@ def meet(store: dist.Store, here: Place, name: str, facts: Mapping[str, Any], se
         raise RecipeError(problems)
     found = [json.loads(value) for value in store.multi_get(keys)]
     return [
-        Place(rank, here.world, one["node"], here.nodes, one["host"], here.address) for rank, one in enumerate(found)
+        Place(rank, here.world, one["node"], here.nodes, one["host"], here.address, one["ip"])
+        for rank, one in enumerate(found)
     ]
 
 
@@ -197,26 +203,36 @@ def _source() -> str:
     return digest.hexdigest()[:12]
 
 
-def use_the_interface_of(here: Place) -> None:
-    """Have gloo speak over the network that the store is reached by. Left alone it takes the one that the host's own
-    name stands for, which on many machines is the loopback: other nodes cannot connect to that.
+def own_ip(towards: str) -> str:
+    """This machine's address on the way to a host:port; "" where there is no way. Sends nothing."""
+    host, _, port = towards.rpartition(":")
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # of a datagram socket: only chooses a route
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def use_the_interface_between(here: Place, others: Iterable[Place]) -> None:
+    """Have gloo speak over the network that joins the nodes. Left alone it takes the one that the host's own name
+    stands for, which on many machines is the loopback: other nodes cannot connect to that. So may the first node's own
+    name be, as it finds itself; then the way to another node is the one.
     """
     if here.nodes < 2 or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     import psutil
 
-    host, _, port = here.address.rpartition(":")
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(target)  # of a datagram socket: chooses a route, sends nothing
-            mine = probe.getsockname()[0]
-    except OSError:
-        return
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address.partition("%")[0] == mine for address in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-            return
+    # Any port does: nothing is sent.
+    away = [f"{other.ip}:9" for other in others if other.node != here.node and other.ip]
+    for mine in (own_ip(towards) for towards in (here.address, *away)):
+        if not mine or ipaddress.ip_address(mine).is_loopback:
+            continue
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address.partition("%")[0] == mine for address in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+                return
 
 
 def main(argv: list[str]) -> int:

@@ -49,6 +49,7 @@ class Place:
     nodes: int
     host: str
     address: str  # of the store, as host:port
+    ip: str = ""  # of its own, on the way to the store; a loopback's on the node that has the store
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}" + (f" (node {self.node})" if self.nodes > 1 else "")

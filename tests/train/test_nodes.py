@@ -209,13 +209,20 @@ def test_two_nodes_learn_what_one_process_does_and_a_pulled_cable_is_named_on_bo
 
 
 def test_gloo_speaks_over_the_network_that_joins_the_nodes(nodes: Nodes, begin) -> None:
-    """Not over the loopback, which is what a host's own name stands for on many machines."""
-    program = (
-        "import os; from train import preflight; preflight.use_the_interface_of(preflight.place());"
-        "print(os.environ.get('GLOO_SOCKET_IFNAME'))"
-    )
-    several = {"WORLD_SIZE": "2", "MASTER_ADDR": nodes.addresses[0], "MASTER_PORT": "29500"}
-    asked = [begin(nodes.on(node, [sys.executable, "-c", program]), RANK=str(node), **several) for node in (0, 1)]
+    """Not over the loopback, which is what a host's own name stands for on many machines, the first node's too."""
+    program = f"""
+import os
+from dataclasses import replace
+from train import preflight
+here = preflight.place()
+away = replace(here, rank=1 - here.rank, node=1 - here.node, ip={nodes.addresses}[1 - here.rank])
+preflight.use_the_interface_between(here, [here, away])
+print(os.environ.get("GLOO_SOCKET_IFNAME"))
+"""
+    asked = []
+    for node, first in ((0, "127.0.0.1"), (0, nodes.addresses[0]), (1, nodes.addresses[0])):
+        several = {"RANK": str(node), "WORLD_SIZE": "2", "MASTER_ADDR": first, "MASTER_PORT": "29500"}
+        asked.append(begin(nodes.on(node, [sys.executable, "-c", program]), **several))
     for one in asked:
         assert (one.end(), one.said()) == (0, "cable\n")
 
