@@ -1,0 +1,195 @@
+"""One side of bench/translate_speed.py: a process that holds one engine, and translates when it is told to.
+
+    python bench/translate_side.py SIDE FOLDER THREADS
+
+reads one JSON request a line from standard input, {"sources": [[id, ...], ...], "beam": 4, "tokens": 25}, and answers
+with one line, {"seconds": ..., "outputs": [[id, ...], ...]}; first of all it names its version. Exactly `tokens` tokens
+are decoded for each source. The file stands alone, for CTranslate2 lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Translate = Callable[[list[list[int]], int, int], list[list[int]]]
+
+
+def heed(folder: Path, threads: int) -> tuple[str, Translate]:
+    import torch
+
+    from lm import __version__, pretrained
+    from lm.beam import BeamParams, beam_search
+
+    torch.set_num_threads(threads)
+    model = pretrained.load(folder)
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+
+    def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
+        params = BeamParams(beam=beam, min_tokens=tokens, max_tokens=tokens)
+        return [hypotheses[0].ids for hypotheses in beam_search(model, sources, params, [end])]
+
+    return f"heed {__version__}, torch {torch.__version__}", translate
+
+
+def transformers(folder: Path, threads: int) -> tuple[str, Translate]:
+    """The same weights as a MarianMT: post-norm too, its sinusoids replaced by the paper's order of them."""
+    import torch
+    import transformers as library
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(threads)
+    config, weights = read(folder, load_file)
+    marian = library.MarianConfig(
+        vocab_size=config["vocab_size"],
+        d_model=config["width"],
+        encoder_layers=config["encoder_layers"],
+        decoder_layers=config["decoder_layers"],
+        encoder_attention_heads=config["heads"],
+        decoder_attention_heads=config["heads"],
+        encoder_ffn_dim=config["mlp_width"],
+        decoder_ffn_dim=config["mlp_width"],
+        activation_function="relu",
+        scale_embedding=True,
+        max_position_embeddings=config["context"],
+        pad_token_id=config["pad_token_id"],
+        eos_token_id=config["eos_token_id"],
+        bos_token_id=config["bos_token_id"],
+        decoder_start_token_id=config["decoder_start_token_id"],
+        forced_eos_token_id=None,
+    )
+    library.logging.set_verbosity_error()
+    model = library.MarianMTModel(marian).eval()
+    names = {"mlp.up_proj": "fc1", "mlp.down_proj": "fc2", "mlp_norm": "final_layer_norm"}
+    names |= {"self_attn_norm": "self_attn_layer_norm", "cross_attn_norm": "encoder_attn_layer_norm"}
+    names |= {"cross_attn.": "encoder_attn.", "o_proj": "out_proj"}
+    table = torch.tensor(sinusoids(config["context"], config["width"]))
+    own = {"final_logits_bias": torch.zeros(1, config["vocab_size"]), "lm_head.weight": weights["embed_tokens.weight"]}
+    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
+        own[f"model.{name}.weight"] = weights["embed_tokens.weight"]
+    own |= {f"model.{stack}.embed_positions.weight": table for stack in ("encoder", "decoder")}
+    for name, tensor in weights.items():
+        if ".layers." in name:
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            own[f"model.{name}"] = tensor
+    model.load_state_dict(own, strict=True)
+
+    def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
+        longest = max(map(len, sources))
+        pad = config["pad_token_id"]
+        ids = torch.tensor([source + [pad] * (longest - len(source)) for source in sources])
+        mask = torch.tensor([[1] * len(source) + [0] * (longest - len(source)) for source in sources])
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                num_beams=beam,
+                do_sample=False,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+            )
+        return out[:, 1:].tolist()
+
+    return f"transformers {library.__version__}, torch {torch.__version__}", translate
+
+
+def ctranslate2(folder: Path, threads: int) -> tuple[str, Translate]:
+    import ctranslate2 as library
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    config, weights = read(folder, load_file)
+    layers = (config["encoder_layers"], config["decoder_layers"])
+    relu = library.specs.Activation.RELU
+    spec = library.specs.TransformerSpec.from_config(layers, config["heads"], pre_norm=False, activation=relu)
+    table = sinusoids(config["context"], config["width"])
+
+    def linear(target: Any, *sources: str) -> None:
+        target.weight = np.concatenate([weights[f"{source}.weight"] for source in sources])
+        target.bias = np.concatenate([weights[f"{source}.bias"] for source in sources])
+
+    def norm(target: Any, source: str) -> None:
+        target.gamma, target.beta = weights[f"{source}.weight"], weights[f"{source}.bias"]
+
+    for stack, side in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        embeddings = side.embeddings[0] if stack == "encoder" else side.embeddings
+        embeddings.weight = weights["embed_tokens.weight"]
+        side.scale_embeddings = True
+        side.position_encodings.encodings = np.array(table, dtype=np.float32)
+        for number, layer in enumerate(side.layer):
+            at = f"{stack}.layers.{number}"
+            maps = [f"{at}.self_attn.{letter}_proj" for letter in "qkv"]
+            linear(layer.self_attention.linear[0], *maps)
+            linear(layer.self_attention.linear[1], f"{at}.self_attn.o_proj")
+            norm(layer.self_attention.layer_norm, f"{at}.self_attn_norm")
+            if stack == "decoder":
+                linear(layer.attention.linear[0], f"{at}.cross_attn.q_proj")
+                linear(layer.attention.linear[1], f"{at}.cross_attn.k_proj", f"{at}.cross_attn.v_proj")
+                linear(layer.attention.linear[2], f"{at}.cross_attn.o_proj")
+                norm(layer.attention.layer_norm, f"{at}.cross_attn_norm")
+            linear(layer.ffn.linear_0, f"{at}.mlp.up_proj")
+            linear(layer.ffn.linear_1, f"{at}.mlp.down_proj")
+            norm(layer.ffn.layer_norm, f"{at}.mlp_norm")
+    spec.decoder.projection.weight = weights["embed_tokens.weight"]
+    vocabulary = [str(id) for id in range(config["vocab_size"])]
+    spec.register_source_vocabulary(vocabulary)
+    spec.register_target_vocabulary(vocabulary)
+    spec.config.decoder_start_token = str(config["decoder_start_token_id"])
+    spec.config.bos_token, spec.config.eos_token = str(config["bos_token_id"]), str(config["eos_token_id"])
+    spec.config.unk_token = str(config["pad_token_id"])  # it must have one
+    spec.config.add_source_eos = spec.config.add_source_bos = False
+    spec.validate()
+    spec.optimize()
+    target = folder / "ctranslate2"
+    target.mkdir(exist_ok=True)
+    spec.save(str(target))
+    translator = library.Translator(
+        str(target), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+    )
+
+    def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
+        found = translator.translate_batch(
+            [[str(id) for id in source] for source in sources],
+            beam_size=beam,
+            min_decoding_length=tokens,
+            max_decoding_length=tokens,
+        )
+        return [[int(token) for token in one.hypotheses[0]] for one in found]
+
+    return f"CTranslate2 {library.__version__}", translate
+
+
+def read(folder: Path, load_file: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The folder's config, and its weights by the names that the modules have."""
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def sinusoids(length: int, width: int) -> list[list[float]]:
+    """The paper's table (arXiv 1706.03762, section 3.5), sines and cosines in turn."""
+    import math
+
+    rates = [10000 ** -(2 * (i // 2) / width) for i in range(width)]
+    return [[math.cos(p * r) if i % 2 else math.sin(p * r) for i, r in enumerate(rates)] for p in range(length)]
+
+
+def main() -> None:
+    side, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    version, translate = {"heed": heed, "transformers": transformers, "CTranslate2": ctranslate2}[side](folder, threads)
+    print(json.dumps({"version": version}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.perf_counter()
+        outputs = translate(request["sources"], request["beam"], request["tokens"])
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "outputs": outputs}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

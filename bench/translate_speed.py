@@ -1,0 +1,155 @@
+"""Decoding speed beside transformers and CTranslate2: target tokens a second, the same weights and machine.
+
+    make bench-translate
+    QUICK=1 make bench-translate        whether it runs, on a small model; its figures mean nothing
+
+A Transformer of the paper's base shape with a joint vocabulary of 32,000 and random weights; 32 sources of 20 to 30
+tokens in one batch, beam 4, exactly 25 tokens decoded for each, float32, two threads. Each side is a process of its own
+with its model loaded; they take turns. transformers generates with the same weights as a MarianMT, CTranslate2
+translates with them converted (its TransformerSpec is post-norm where it is told so). Before anything is timed, all
+three must give the same greedy output.
+
+CTranslate2 is no dependency of the project: it is installed into .cache/bench/ctranslate2, an environment of its own,
+from bench/translate_requirements.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.record import ROOT, WORK, save, timed
+
+SIDES = ("heed", "transformers", "CTranslate2")
+PAD, BEGIN, END = 0, 1, 2
+BASE = {"vocab_size": 32000, "context": 128, "start_id": BEGIN}
+TINY = {"vocab_size": 500, "width": 64, "heads": 4, "mlp_width": 128, "encoder_layers": 2, "decoder_layers": 2}
+
+
+class Side:
+    """A process that translates when it is told to."""
+
+    def __init__(self, name: str, python: str | Path, folder: Path, threads: int):
+        self.name = name
+        self.process = subprocess.Popen(
+            [str(python), str(ROOT / "bench" / "translate_side.py"), name, str(folder), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+        )
+        self.version: str = self._answer()["version"]
+
+    def translate(self, sources: list[list[int]], beam: int, tokens: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and the best output for each source."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"sources": sources, "beam": beam, "tokens": tokens}) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if any(len(output) != tokens for output in answer["outputs"]):
+            sys.exit(f"{self.name} did not decode {tokens} tokens for each source.")
+        return answer["seconds"], answer["outputs"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} ended: see above.")
+        return json.loads(line)
+
+
+def main() -> None:
+    quick = bool(os.environ.get("QUICK"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2 if quick else 5, help="measurements of each side (default 5)")
+    parser.add_argument(
+        "--batches", type=int, default=1 if quick else 3, help="batches of each measurement (default 3)"
+    )
+    parser.add_argument("--sentences", type=int, default=32, help="sources in a batch (default 32)")
+    parser.add_argument("--beam", type=int, default=4, help="default 4")
+    parser.add_argument("--tokens", type=int, default=25, help="to decode for each source (default 25)")
+    parser.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    options = parser.parse_args()
+    folder = _model(BASE | TINY if quick else BASE)
+    pythons = dict.fromkeys(SIDES, sys.executable) | {"CTranslate2": str(_environment())}
+    sides = [Side(name, pythons[name], folder, options.threads) for name in SIDES]
+    draw = random.Random(0)
+    words = range(3, (BASE | TINY if quick else BASE)["vocab_size"])
+    batches = [
+        [[*draw.choices(words, k=draw.randint(19, 29)), END] for _ in range(options.sentences)]
+        for _ in range(options.batches)
+    ]
+    greedy = [side.translate(batches[0], 1, options.tokens)[1] for side in sides]
+    if greedy.count(greedy[0]) != len(sides):
+        sys.exit("The three sides do not give the same greedy output: this would compare different models.")
+    same = {side.name: 0 for side in sides}
+    samples: dict[str, list[float]] = {side.name: [] for side in sides}
+    for batch in batches:  # warm
+        outputs = {side.name: side.translate(batch, options.beam, options.tokens)[1] for side in sides}
+        for name, found in outputs.items():
+            same[name] += sum(a == b for a, b in zip(found, outputs["heed"], strict=True))
+    decoded = options.sentences * options.tokens * len(batches)
+    for _ in range(options.rounds):
+        for side in sides:
+            seconds = sum(side.translate(batch, options.beam, options.tokens)[0] for batch in batches)
+            samples[side.name].append(decoded / seconds)
+        print("; ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in samples.items()), flush=True)
+    for side in sides:
+        side.process.stdin.close()  # type: ignore[union-attr]
+        side.process.wait()
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    equal = ", ".join(f"{name} {same[name]}" for name in SIDES[1:])
+    save(
+        "translate-speed-quick" if quick else "translate-speed",
+        f"decoding, beam {options.beam}, {options.sentences} sources in a batch, {options.threads} threads",
+        f"make bench-translate ({', '.join(side.version for side in sides)})",
+        {name: {"samples": values, "unit": "target tokens/s"} for name, values in samples.items()},
+        middle["heed"] / middle["transformers"],
+        statistic="median",
+        ratios={name: middle["heed"] / middle[name] for name in SIDES[1:]},
+        note=f"The same best output as ours, of {options.sentences * len(batches)}: {equal}.",
+    )
+
+
+def _model(shape: dict[str, Any]) -> Path:
+    """A folder with random weights of this shape; no tokenizer is needed."""
+    import torch
+
+    from lm import pretrained
+    from lm.transformer import Transformer
+    from lm.transformer_config import TransformerConfig
+
+    torch.manual_seed(0)
+    folder = WORK / "translate-model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pretrained.save(Transformer(TransformerConfig(**shape)), folder)
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END, "decoder_start_token_id": BEGIN}
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _environment() -> Path:
+    """The Python of CTranslate2's own environment, which is made where it is missing."""
+    home, wanted = WORK / "ctranslate2", ROOT / "bench" / "translate_requirements.txt"
+    python, stamp = home / "bin" / "python", home / ".installed"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted.read_text(encoding="utf-8"):
+        shutil.rmtree(home, ignore_errors=True)
+        timed([sys.executable, "-m", "venv", str(home)])
+        timed([str(python), "-m", "pip", "install", "-q", "-r", str(wanted)])
+        shutil.copy(wanted, stamp)
+    return python
+
+
+if __name__ == "__main__":
+    main()
