@@ -15,15 +15,33 @@ if TYPE_CHECKING:
     from lm.config import ConfigError, DecoderConfig
     from lm.decoder import DecoderLM
     from lm.params import SamplingParams
+    from lm.rnnsearch import RNNSearch
+    from lm.rnnsearch_config import RNNSearchConfig
+    from lm.transformer import Transformer
+    from lm.transformer_config import TransformerConfig
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "DecoderConfig", "DecoderLM", "SamplingParams", "__version__"]
+__all__ = [
+    "ConfigError",
+    "DecoderConfig",
+    "DecoderLM",
+    "RNNSearch",
+    "RNNSearchConfig",
+    "SamplingParams",
+    "Transformer",
+    "TransformerConfig",
+    "__version__",
+]
 
 _HOMES = {
     "ConfigError": "lm.config",
     "DecoderConfig": "lm.config",
     "DecoderLM": "lm.decoder",
+    "RNNSearch": "lm.rnnsearch",
+    "RNNSearchConfig": "lm.rnnsearch_config",
     "SamplingParams": "lm.params",
+    "Transformer": "lm.transformer",
+    "TransformerConfig": "lm.transformer_config",
 }
 
 

@@ -3,7 +3,8 @@
 AutoConfig, AutoModelForCausalLM and generate() work on a folder whose architecture is HeedForCausalLM; folders of the
 other families need none of this. `import lm` loads nothing for it: a finder waits for transformers' Auto modules, and
 when somebody imports them, registers two classes with them. The classes are made then, as their bases are
-transformers'.
+transformers'. The encoder-decoders are not registered, nor can a decoder with a visible prefix be loaded: generate()
+would have to keep a state between its calls for them. `python -m lm translate` and the server run both.
 """
 
 from __future__ import annotations
@@ -134,6 +135,11 @@ def model_class() -> Any:
 
         def __init__(self, config: Any):
             super().__init__(config)
+            if config.shape().prefix:
+                raise ValueError(
+                    "prefix is True; transformers computes every token from those before it: use `python -m lm "
+                    "translate` or the server."
+                )
             self.model = DecoderLM(config.shape())
             self.post_init()
 

@@ -51,6 +51,13 @@ def test_a_sequence_beyond_the_context_is_refused_in_a_sentence(own: tuple[Decod
         read(folder)(tokens)
 
 
+def test_a_visible_prefix_is_refused_in_a_sentence(make: Callable[..., DecoderLM], tmp_path: Path) -> None:
+    """transformers would compute it causally without a word."""
+    save(make(prefix=True), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^prefix is True; transformers computes every token from those before it: "):
+        read(tmp_path / "model")
+
+
 @torch.no_grad()
 def test_the_folder_gives_our_logits_and_comes_back(
     own: tuple[DecoderLM, Path], tokens: torch.Tensor, tmp_path: Path
