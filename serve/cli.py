@@ -109,7 +109,7 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         "--max-model-len",
         type=integer(2),
         metavar="TOKENS",
-        help="longest prompt and answer together (default: the model's context)",
+        help="longest prompt and answer together, of an encoder-decoder each (default: the model's context)",
     )
     engine.add_argument("--max-num-seqs", type=integer(1), default=128, help="sequences that run at once")
     engine.add_argument(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lm import DecoderLM, SamplingParams
+from lm.beam import VLLM, BeamParams, beam_search
 from lm.search import generate
 from lm.tokenizer import Tokenizer
 
@@ -337,3 +338,30 @@ def test_the_async_openai_client(server) -> None:
 
     expected = [server.complete(**{**GREEDY, "prompt": f"fox {i}", "max_tokens": 8}) for i in range(8)]
     assert asyncio.run(main()) == [body["choices"][0]["text"] for body in expected]
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, -1.0, 2.5])
+def test_a_beam_has_vllms_score_prompt_included(server, model, tokenizer, length_penalty: float) -> None:
+    prompt = tokenizer.encode("the fox")
+    params = BeamParams(beam=3, n_best=3, scorer=VLLM(length_penalty, len(prompt)), max_tokens=6)
+    (found,) = beam_search(model, [prompt], params, [tokenizer.eos_id])
+    fields = {"prompt": "the fox", "use_beam_search": True, "n": 3, "max_tokens": 6, "length_penalty": length_penalty}
+    answer = server.complete(return_token_ids=True, logprobs=1, seed=1, temperature=0, **fields)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [hypothesis.ids for hypothesis in found]
+    for choice, hypothesis in zip(answer["choices"], found, strict=True):
+        shown = choice["logprobs"]["token_logprobs"]
+        assert shown == pytest.approx(hypothesis.logprobs[: len(shown)], abs=1e-4)
+    echoed = server.complete(echo=True, **fields)
+    assert [choice["text"] for choice in echoed["choices"]] == ["the fox" + c["text"] for c in answer["choices"]]
+    both = server.complete(**{**fields, "prompt": ["the fox", "a dog"]})
+    assert [choice["text"] for choice in both["choices"][:3]] == [choice["text"] for choice in answer["choices"]]
+    assert len(both["choices"]) == 6
+
+
+def test_a_chat_may_be_searched(server) -> None:
+    fields = {"messages": [{"role": "user", "content": "hello"}], "use_beam_search": True, "n": 2, "max_tokens": 5}
+    answer = server.chat(logprobs=True, top_logprobs=1, **fields)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    contents = [choice["message"]["content"] for choice in answer["choices"]]
+    assert contents[0] != contents[1]
+    assert contents == [choice["message"]["content"] for choice in server.chat(**fields)["choices"]]

@@ -210,6 +210,7 @@ FIELDS = [
     "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "stop_token_ids", "min_tokens", "logprobs", "prompt_logprobs", "echo",
     "logit_bias", "stream_options", "truncate_prompt_tokens", "skip_special_tokens", "ignore_eos", "return_token_ids",
+    "use_beam_search", "length_penalty",
 ]  # fmt: skip
 
 
