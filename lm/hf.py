@@ -99,7 +99,8 @@ def config_class() -> Any:
             if self.fields:
                 complete = write_own(self.shape())
                 self.fields = {field.name: complete[field.name] for field in dataclasses.fields(DecoderConfig)}
-                for name in complete.keys() - {"model_type", "rope_scaling"}:  # of which the base has its own idea
+                # Of some names transformers has its own idea: a pipeline puts a `prefix` before every prompt.
+                for name in complete.keys() - {"model_type", "rope_scaling", "prefix"}:
                     setattr(self, name, complete[name])
 
         def shape(self) -> DecoderConfig:
