@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.gated import product_with, step_back, tanh_, weight_gradient
+from lm.gated import Product, product_with, step_back, tanh_, weight_gradient
 from lm.linear import linear
 
 
@@ -76,50 +76,83 @@ def align(
         x, s, projected, values = x.float(), s.float(), projected.float(), values.float()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, s, projected, values, *weights)):
             return Aligned(*_Align.apply(x, s, projected, values, mask, dtype, *weights))
-        states, alphas, energies = _align(x, s, projected, values, mask, dtype, weights)[:3]
-        return Aligned(states, alphas, energies)
+        return Aligned(*_align_with(x, s, projected, values, mask, dtype, weights)[:3])
+
+
+def align_steps(
+    x: Tensor,
+    s: Tensor,
+    projected: Tensor,
+    annotations: Tensor,
+    mask: Tensor,
+    v: Tensor,
+    by_state: Product,
+    by_candidate: Product,
+    by_context: Product,
+) -> Aligned:
+    """The same for few steps, without a gradient: of annotations [B, S, memory], of which only the expected one is
+    mapped. The products: [W_a; U_z; U_r] s, U (r * s) and [C_z; C_r; C] c.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, s, projected, annotations = x.float(), s.float(), projected.float(), annotations.float()
+        return Aligned(*_align(x, s, projected, annotations, mask, v, by_state, by_candidate, by_context)[:3])
+
+
+def _align_with(
+    x: Tensor, s: Tensor, projected: Tensor, values: Tensor, mask: Tensor, dtype: torch.dtype, weights: Alignment
+) -> tuple[Tensor, ...]:
+    by_state = product_with(torch.cat((weights.query, weights.gates)), dtype, len(s))
+    by_candidate = product_with(weights.candidate, dtype, len(s))
+    return _align(x, s, projected, values, mask, weights.v, by_state, by_candidate)
 
 
 def _align(
-    x: Tensor, s: Tensor, projected: Tensor, values: Tensor, mask: Tensor, dtype: torch.dtype, weights: Alignment
+    x: Tensor,
+    s: Tensor,
+    projected: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    v: Tensor,
+    by_state: Product,
+    by_candidate: Product,
+    by_context: Product | None = None,
 ) -> tuple[Tensor, ...]:
     """-> states, weights, energies as in `Aligned`; then what the gradient needs: 2 W_a s [T, B, n'], z and r
-    [T, B, 2n], r * s and candidates [T, B, n], and 2 U_a h.
+    [T, B, 2n], r * s and candidates [T, B, n].
     """
-    (steps, rows, _), n, size = x.shape, s.shape[-1], weights.query.shape[0]
-    keys = projected * 2
-    hidden = torch.empty_like(keys)  # [B, S, n'], of one step after another
-    states, alphas = x.new_empty(steps + 1, rows, n), x.new_empty(steps, rows, keys.shape[1])
+    (steps, rows, _), n, size = x.shape, s.shape[-1], len(v)
+    hidden = torch.empty_like(projected)  # [B, S, n'], of one step after another
+    states, alphas = x.new_empty(steps + 1, rows, n), x.new_empty(steps, *mask.shape)
     energies, queries = torch.empty_like(alphas), x.new_empty(steps, rows, size)
     zr, reset, new = x.new_empty(steps, rows, 2 * n), x.new_empty(steps, rows, n), x.new_empty(steps, rows, n)
-    by_state = product_with(torch.cat((2 * weights.query, weights.gates)), dtype, rows)
-    by_candidate = product_with(weights.candidate, dtype, rows)
-    v, constant = 2 * weights.v.float(), weights.v.float().sum()
-    closed = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask, -torch.inf).sub_(constant)
+    v = v.float()
+    closed = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask, -torch.inf).sub_(v.sum())
     states[0] = s
     for t in range(steps):
         s = states[t]
         of_state = by_state(s)
-        queries[t] = of_state[:, :size]
-        torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
-        torch.add((hidden.flatten(0, 1) @ v).view(mask.shape), closed, out=energies[t])
+        torch.mul(of_state[:, :size], 2, out=queries[t])
+        torch.add(queries[t].unsqueeze(1), projected, alpha=2, out=hidden).sigmoid_()  # sigmoid(2 (W_a s + U_a h))
+        torch.add(closed, (hidden.flatten(0, 1) @ v).view(mask.shape), alpha=2, out=energies[t])
         torch.softmax(energies[t], dim=-1, out=alphas[t])
-        context = torch.bmm(alphas[t].unsqueeze(1), values).squeeze(1)  # as the unit reads it
-        torch.add(x[t], context, out=context)
+        context = torch.bmm(alphas[t].unsqueeze(1), values).squeeze(1)
+        if by_context is not None:
+            context = by_context(context).float()
+        context += x[t]  # all that the unit reads
         torch.add(context[:, : 2 * n], of_state[:, size:], out=zr[t]).sigmoid_()
         z, r = zr[t].chunk(2, dim=-1)
         torch.mul(r, s, out=reset[t])
         tanh_(torch.add(context[:, 2 * n :], by_candidate(reset[t]), out=new[t]))
         torch.lerp(s, new[t], z, out=states[t + 1])
-    return states, alphas, energies, queries, zr, reset, new, keys
+    return states, alphas, energies, queries, zr, reset, new
 
 
 class _Align(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s, projected, values, mask, dtype, *parameters):  # type: ignore[no-untyped-def]
         weights = Alignment(*parameters)
-        states, alphas, energies, *rest = _align(x, s, projected, values, mask, dtype, weights)
-        ctx.save_for_backward(states, alphas, values, *rest, *weights)
+        states, alphas, energies, *rest = _align_with(x, s, projected, values, mask, dtype, weights)
+        ctx.save_for_backward(states, alphas, projected, values, *rest, *weights)
         ctx.mark_non_differentiable(energies)
         ctx.dtype = dtype
         return states, alphas, energies
@@ -138,7 +171,7 @@ def _align_back(
     """gradient [T + 1, B, n], of all states, and dalphas [T, B, S], of the weights -> of x, s, projected, values, and
     the loop's weights.
     """
-    states, alphas, values, queries, zr, reset, new, keys, *parameters = saved
+    states, alphas, projected, values, queries, zr, reset, new, *parameters = saved
     weights = Alignment(*parameters)
     (steps, rows, n), size = new.shape, weights.query.shape[0]
     by_state = product_with(torch.cat((weights.query, weights.gates)).t(), dtype, rows)
@@ -146,8 +179,8 @@ def _align_back(
     v = 4 * weights.v.float()
     dx, dnew = new.new_empty(steps, rows, 3 * n), torch.empty_like(new)
     dstate = new.new_empty(steps, rows, size + 2 * n)  # of what the state is multiplied to: [W_a s, U_z s, U_r s]
-    hidden, slope = torch.empty_like(keys), torch.empty_like(keys)
-    dkeys, dv, ds = torch.zeros_like(keys), torch.zeros_like(v), torch.zeros_like(states[0])
+    hidden, slope = torch.empty_like(projected), torch.empty_like(projected)
+    dkeys, dv, ds = torch.zeros_like(projected), torch.zeros_like(v), torch.zeros_like(states[0])
     for t in reversed(range(steps)):
         dquery, dzr = dstate[t, :, :size], dstate[t, :, size:]
         ds += gradient[t + 1]
@@ -157,7 +190,7 @@ def _align_back(
         de = torch.bmm(dx[t].unsqueeze(1), values.mT).squeeze(1).add_(dalphas[t]).mul_(alphas[t])
         de.addcmul_(alphas[t], de.sum(dim=-1, keepdim=True), value=-1)
         # tanh(a) is 2 sigmoid(2a) - 1, its slope 4 sigmoid(2a) (1 - sigmoid(2a)); the 2, the 4 and v are for later
-        torch.add(keys, queries[t].unsqueeze(1), out=hidden).sigmoid_()
+        torch.add(queries[t].unsqueeze(1), projected, alpha=2, out=hidden).sigmoid_()
         dv.addmv_(hidden.flatten(0, 1).t(), de.flatten())
         torch.ops.aten.sigmoid_backward.grad_input(de.unsqueeze(-1), hidden, grad_input=slope)
         dkeys += slope

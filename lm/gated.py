@@ -9,13 +9,13 @@ torch's GRU is another unit: it resets U s after the product, where the paper re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.linear import FEW_ROWS, linear, onednn_is_usable
+from lm.linear import FEW_ROWS, Packed, linear, onednn_is_usable, packing_pays
 
 Product = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,7 @@ class GatedUnit(nn.Module):
         def matrix(columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(hidden, columns))
 
-        self.bias = bias
+        self.bias, self.packed_in, self.packed_out = bias, Packed(), Packed()
         self.W, self.W_z, self.W_r = matrix(inputs), matrix(inputs), matrix(inputs)
         self.U, self.U_z, self.U_r = matrix(hidden), matrix(hidden), matrix(hidden)
         if context:
@@ -54,14 +54,24 @@ class GatedUnit(nn.Module):
         """[U_z; U_r], [2n, n]."""
         return torch.cat((self.U_z, self.U_r))
 
-    def contexts(self) -> Tensor:
-        """[C_z; C_r; C], [3n, k]."""
-        return torch.cat((self.C_z, self.C_r, self.C))
+    def contexts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """C_z, C_r, C."""
+        return self.C_z, self.C_r, self.C
 
     def read(self, y: Tensor) -> Tensor:
         """y [..., m] -> what all steps read of it, in one product: [W_z; W_r; W] y + [b_z; b_r; b], [..., 3n]."""
-        bias = torch.cat((self.b_z, self.b_r, self.b)) if self.bias else None
-        return linear(y, torch.cat((self.W_z, self.W_r, self.W)), bias)
+        biases = (self.b_z, self.b_r, self.b) if self.bias else None
+        return together(y, (self.W_z, self.W_r, self.W), self.packed_in, biases)
+
+
+def together(x: Tensor, weights: Sequence[Tensor], packed: Packed, biases: Sequence[Tensor] | None = None) -> Tensor:
+    """Several maps of the same x as one product: x [..., in], weights [out_i, in], biases [out_i] -> [..., sum of
+    out_i]. `packed` keeps the weights from one step of decoding to the next.
+    """
+    if packing_pays(x, weights[0]):
+        return packed(x, weights, [None] * len(weights) if biases is None else biases)
+    whole = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    return linear(x, whole, None if biases is None else torch.cat(list(biases)))
 
 
 def scan(

@@ -104,6 +104,14 @@ class Packed:
         return product(x, self.weight, self.bias)
 
 
+def forget_packed(model: nn.Module) -> None:
+    """Give back what the model's `Packed` have laid out: its weights are about to change."""
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, Packed):
+                held.clear()
+
+
 def packing_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether x [..., in] is few rows to be multiplied without a gradient, where `Packed` works."""
     return (

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.additive import AdditiveAttention, Aligned, Alignment, align
+from lm.additive import AdditiveAttention, Aligned, Alignment, align, align_steps
 from lm.dropout import dropout
-from lm.gated import GatedUnit, scan
-from lm.linear import Linear, linear
+from lm.gated import GatedUnit, scan, together
+from lm.linear import Linear, Packed, forget_packed, linear
 from lm.loss import IGNORE, Loss, head_loss
 from lm.rnnsearch_config import RNNSearchConfig
 from lm.trace import AttentionTrace
@@ -106,6 +106,7 @@ class RNNSearch(nn.Module):
         self.decoder_unit = GatedUnit(m, n, config.memory, bias)
         self.readout = DeepOutput(config)
         self.lm_head = Linear(config.maxout, config.target_vocab, bias=False)  # W_o
+        self.packed_state, self.packed_candidate, self.packed_head = Packed(), Packed(), Packed()
         self.initialise()
 
     @torch.no_grad()
@@ -133,7 +134,12 @@ class RNNSearch(nn.Module):
 
     def logits(self, deep: Tensor) -> Tensor:
         """t [..., l] -> [..., target vocab]."""
-        return self.lm_head(dropout(deep, self.config.dropout, self.training))
+        return together(dropout(deep, self.config.dropout, self.training), [self.lm_head.weight], self.packed_head)
+
+    def train(self, mode: bool = True) -> RNNSearch:
+        if mode:
+            forget_packed(self)
+        return super().train(mode)
 
     def encode(self, src: Tensor, src_mask: Tensor) -> tuple[Tensor, Tensor]:
         """src int64 [B, S], src_mask bool [B, S], True cells first -> what the decoder may look at and s_0 [B, n].
@@ -150,6 +156,7 @@ class RNNSearch(nn.Module):
             product_dtype(x),
             torch.stack((real, real.flip(0))),  # so the backward unit begins at the last real token
         )
+        states = states.to(x.dtype)
         s = torch.tanh(self.initial(states[1, -1])).float()
         if self.config.fixed_context:
             return states[0, -1].unsqueeze(1), s
@@ -160,21 +167,43 @@ class RNNSearch(nn.Module):
         """y [B, T, m]: the targets' embeddings; s [B, n]: the state before them; memory as `encode` gives it, projected
         and mask as in RNNSearchState -> t [B, T, l] for what follows each target, and the states and alignments.
         """
-        unit, dtype = self.decoder_unit, product_dtype(y)
+        unit, dtype, few = (
+            self.decoder_unit,
+            product_dtype(y),
+            not torch.is_grad_enabled() and y.shape[1] < mask.shape[1],
+        )
         x = unit.read(y).transpose(0, 1)  # [T, B, 3n]
-        values = linear(memory, unit.contexts())
         if self.config.fixed_context:
-            x = x + values.transpose(0, 1)
+            x = x + self._by_context(memory).transpose(0, 1)
             states = scan(x.unsqueeze(0), s.unsqueeze(0), unit.gates()[None], unit.U[None], dtype)[0]
             weights = s.new_ones(len(states), len(s), 1)
             did = Aligned(torch.cat((s.unsqueeze(0), states)), weights, torch.zeros_like(weights))
             context = memory.expand(-1, y.shape[1], -1)
         else:
-            maps = Alignment(self.attention.W_a, self.attention.v_a, unit.gates(), unit.U)
-            did = align(x, s, projected, values, mask, maps, dtype)
-            context = torch.bmm(did.weights.transpose(0, 1), memory)
+            v = self.attention.v_a
+            if few:  # than source tokens: it is cheaper to map each context than each annotation
+                did = align_steps(
+                    x, s, projected, memory, mask, v, self._by_state, self._by_candidate, self._by_context
+                )
+            else:
+                maps = Alignment(self.attention.W_a, v, unit.gates(), unit.U)
+                did = align(x, s, projected, self._by_context(memory), mask, maps, dtype)
+            context = torch.bmm(did.weights.transpose(0, 1).to(memory.dtype), memory)
         seen = did.states[:-1] if self.config.readout == "previous" else did.states[1:]
-        return self.readout(seen.transpose(0, 1), y, context), did
+        return self.readout(seen.transpose(0, 1).to(y.dtype), y, context), did
+
+    def _by_state(self, s: Tensor) -> Tensor:
+        """[W_a s; U_z s; U_r s]."""
+        weights = self.attention.W_a, self.decoder_unit.U_z, self.decoder_unit.U_r
+        return together(s.to(weights[0].dtype), weights, self.packed_state)
+
+    def _by_candidate(self, reset: Tensor) -> Tensor:
+        """U (r * s)."""
+        return together(reset.to(self.decoder_unit.U.dtype), [self.decoder_unit.U], self.packed_candidate)
+
+    def _by_context(self, c: Tensor) -> Tensor:
+        """[C_z c; C_r c; C c]."""
+        return together(c.to(self.decoder_unit.C.dtype), self.decoder_unit.contexts(), self.decoder_unit.packed_out)
 
     def project(self, memory: Tensor) -> Tensor:
         """U_a h_j [B, S, n'] of annotations [B, S, 2n]; empty for the fixed context."""
@@ -258,6 +287,6 @@ class RNNSearch(nn.Module):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products are computed in: autocast's type where it is on."""
+    """What matrix products are computed in: autocast's type where it is on, else x's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.attention import explicit_attention, fused_attention
 from lm.dropout import dropout
-from lm.linear import Linear, Packed, linear, packing_pays
+from lm.linear import Linear, Packed, forget_packed, linear, packing_pays
 from lm.loss import Loss, head_loss
 from lm.positions import sinusoidal_table
 from lm.trace import AttentionTrace
@@ -314,10 +314,7 @@ class Transformer(nn.Module):
 
     def train(self, mode: bool = True) -> Transformer:
         if mode:  # the weights are about to change
-            for module in self.modules():
-                for held in vars(module).values():
-                    if isinstance(held, Packed):
-                        held.clear()
+            forget_packed(self)
         return super().train(mode)
 
     def forward(self, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Loss:

@@ -312,3 +312,25 @@ def test_a_state_may_have_no_rows_left() -> None:
     logits, state = model.step(torch.zeros(0, 1, dtype=torch.int64), state)
     assert logits.shape == (0, 1, 40)
     assert len(state.s) == 0
+
+
+@pytest.mark.parametrize("targets", [4, 9])  # fewer and more than source tokens: contexts or annotations are mapped
+def test_evaluation_has_the_loss_of_training(targets: int) -> None:
+    model, batch = build(), make_batch(targets)
+    with torch.no_grad():
+        evaluated = model(batch)
+    trained = model(batch)
+    near(evaluated.total, trained.total.detach())
+    assert int(evaluated.targets) == int(trained.targets)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["paper", "fixed"])
+def test_a_folder_may_be_served_in_bfloat16(kind: str) -> None:
+    model, batch = build(kind, std=0.1), make_batch()
+    expected, _ = model.step(batch["tgt_input"][:, :1], model.start(batch["src"], batch["src_mask"]))
+    model = model.to(torch.bfloat16)
+    logits, state = model.step(batch["tgt_input"][:, :1], model.start(batch["src"], batch["src_mask"]))
+    near(logits.float(), expected, 0.05)
+    assert torch.isfinite(model.step(batch["tgt_input"][:, 1:], state)[0]).all()
+    assert torch.isfinite(model(batch).total)
