@@ -368,14 +368,18 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
 
 
 def _architecture(document: Mapping[Any, Any], overrides: Sequence[str]) -> str:
-    """What model.architecture says, which decides the keys of its section; decoder where it says nothing that is one
-    (whatever else it says is refused with the other values)."""
+    """What model.architecture says, decoder by default. It decides the keys of its section, so that a recipe with
+    another value is refused for that alone: RecipeError."""
     model = document.get("model")
-    asked = model.get("architecture") if isinstance(model, Mapping) else None
+    asked = model.get("architecture", DecoderConfig.architecture) if isinstance(model, Mapping) else None
     for override in overrides:
         key, _, text = override.partition("=")
         asked = text.strip("\"' ") if key == "model.architecture" else asked
-    return asked if isinstance(asked, str) and asked in ARCHITECTURES else DecoderConfig.architecture
+    if asked is None:
+        return DecoderConfig.architecture
+    if not isinstance(asked, str) or asked not in ARCHITECTURES:
+        raise RecipeError([f"model.architecture is {show(asked)}; it must be one of {', '.join(ARCHITECTURES)}."])
+    return asked
 
 
 def _override(

@@ -28,7 +28,7 @@ def check(v: Mapping[str, Any], bad: set[str], problems: list[str], shape: Any) 
     model_keys = [f"model.{field.name}" for field in dataclasses.fields(shape) if field.name not in decided]
     if known(*model_keys):
         problems.extend(_model(shape, {key.removeprefix("model."): v[key] for key in model_keys}))
-    pairs = any(v.get(key) is not None for key in PAIRS)
+    pairs = any(key in bad or v[key] is not None for key in PAIRS)
     if known(*SOURCES, *PAIRS):
         problems.extend(_source(v))
     if pairs:
@@ -48,7 +48,7 @@ def check(v: Mapping[str, Any], bad: set[str], problems: list[str], shape: Any) 
         if known(key) and not v[key]:
             problems.append(f'{key} is ""; it must name a folder.')
     if known("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.folder"):
-        problems.extend(_tokenizer(v, pairs))
+        problems.extend(_tokenizer(v, pairs or shape.architecture != "decoder"))
     if known("schedule.kind", "schedule.warmup") and v["schedule.kind"] == "inverse_sqrt" and not v["schedule.warmup"]:
         problems.append("schedule.warmup is 0; schedule.kind=inverse_sqrt needs a warm-up, such as 4000.")
     if known("checkpoint.keep", "checkpoint.average") and v["checkpoint.average"] is not None:
@@ -118,7 +118,7 @@ def _source(v: Mapping[str, Any]) -> list[str]:
         if v[key] is not None
     ]
     if not given and v["data.target"] is not None:
-        return [f"data.target is {show(v['data.target'])} and data.source is missing; the two files belong together."]
+        return []  # which is said elsewhere
     if not given:
         return ["data.text and data.dataset are both missing; a run reads exactly one of them (or pairs of texts)."]
     if len(given) > 1:
