@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-start figures clean
+.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-start bench-checkpoint bench-kill figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ bench-step-time: $(STAMP) ## the time of a training step against sentence length
 
 bench-start: $(STAMP) ## seconds from `python -m serve` to the first token
 	$(PY) -m bench.start
+
+bench-checkpoint: $(STAMP) ## what a checkpoint a minute costs a model of 100M parameters
+	$(PY) -m bench.checkpoint
+
+bench-kill: $(STAMP) ## a run killed at 20 random moments, beside the one never killed
+	$(PY) -m bench.kill
 
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py
