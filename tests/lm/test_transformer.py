@@ -314,6 +314,15 @@ def test_autocast_trains_on_the_same_loss_within_its_precision() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize(("side", "name"), [("src", "source"), ("tgt_input", "target")])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "none"])
+def test_what_is_beyond_the_context_is_refused_in_a_sentence(positions: str, side: str, name: str) -> None:
+    long = torch.full((2, 25), 5)
+    changed = batch() | {side: long} | ({"src_mask": long > 0} if side == "src" else {"tgt_output": long})
+    with pytest.raises(ValueError, match=rf"^a {name} has 25 tokens; the model's context is 24\.$"):
+        make(positions=positions)(changed)
+
+
 # ------------------------------------------------------------ the state of decoding
 
 
