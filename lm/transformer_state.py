@@ -47,7 +47,8 @@ class Memory:
 
     @staticmethod
     def join(parts: Sequence[Memory]) -> Memory:
-        longest = max(part.keys[0].shape[2] for part in parts)
+        # The longest that is there: what was padded for a longer source that has left since is cut off.
+        longest = max((int(part.lengths.max()) for part in parts if len(part.lengths)), default=1)
 
         def stack(layers: list[list[Tensor]]) -> list[Tensor]:
             return [

@@ -237,3 +237,19 @@ def test_bytes_of_a_row_grow_with_its_source(translator: Any) -> None:
     else:
         assert each >= 4 * 2 * 2 * 32 * 0.9  # keys and values of two layers
     assert each < 2000
+
+
+def test_a_long_source_that_has_left_widens_nobody(translators: dict[str, Any]) -> None:
+    engine = made(translators["transformer"])
+    long, *short = sources(translators["transformer"], (48, 6, 7, 8))
+    params = replace(GREEDY, max_tokens=40, ignore_eos=True)
+    engine.add(Add("long", long, replace(params, max_tokens=2), 0.0))
+    engine.add(Add("0", short[0], params, 0.0))
+    engine.step()
+    assert engine.runner._state.memory.keys[0].shape[2] == 48  # type: ignore[attr-defined]
+    engine.step()
+    engine.add(Add("1", short[1], params, 0.0))
+    engine.step()
+    assert engine.runner._state.memory.keys[0].shape[2] == 7  # type: ignore[attr-defined]
+    outputs = run(engine, [Add("2", short[2], params, 0.0)])
+    assert tokens(outputs["2"]) == generate(translators["transformer"].model, [short[2]], params)[0]
