@@ -133,7 +133,7 @@ class Watch:
         gone = [rank for rank in gone if not self._beats.get(rank, {}).get("done")]
         if self._found is None and self._broken is None and gone:
             self._leave(f"{self._name(gone)} is gone: killed from outside, by the system for want of memory, or ended")
-        return self._found or self._cause()
+        return self._found or (self._first_node_is_lost() if self._broken else self._cause())
 
     # ------------------------------------------------------------ the thread that talks
 
@@ -202,10 +202,7 @@ class Watch:
         now = time.monotonic()
         waited = now - self._answered
         if waited > self.silence or (self._broken and waited > NOTICE * BEAT):
-            return (
-                f"node 0, whose launcher keeps the ranks together at {self.place.address}, has not answered for "
-                f"{waited:.0f} s: it has ended or cannot be reached"
-            )
+            return self._first_node_is_lost()
         awake = {rank: beat for rank, beat in self._beats.items() if not beat["done"] and rank != self.place.rank}
         silent = [rank for rank in awake if now - self._changed[rank] > self.silence]
         if silent and waited < 2 * BEAT:
@@ -216,6 +213,12 @@ class Watch:
         if self.place.rank == 0:
             return self._hanging(now)
         return None
+
+    def _first_node_is_lost(self) -> str:
+        return (
+            f"node 0, whose launcher keeps the ranks together at {self.place.address}, has not answered for "
+            f"{time.monotonic() - self._answered:.0f} s: it has ended or cannot be reached"
+        )
 
     def _hanging(self, now: float) -> str | None:
         """Who keeps the others waiting. Before all have begun to train they prepare, each at its own pace."""
