@@ -72,14 +72,17 @@ class RNNSearchState:
 
     @staticmethod
     def join(states: Sequence[RNNSearchState]) -> RNNSearchState:
-        """The rows of all states, in order, as one state; shorter sources are padded."""
-        longest = max(state.mask.shape[1] for state in states)
+        """The rows of all states, in order, as one state; shorter sources are padded, and padding that no source of
+        theirs needs any more is cut off.
+        """
+        longest = max((int(state.mask.sum(dim=1).max()) for state in states if len(state.mask)), default=1)
         padded = [state._padded(longest - state.mask.shape[1]) for state in states]
         return RNNSearchState(
             *(torch.cat([getattr(state, name) for state in padded]) for name in RNNSearchState.__dataclass_fields__)
         )
 
     def _padded(self, cells: int) -> RNNSearchState:
+        """With so many cells more; with fewer, where the number is negative."""
         if not cells:
             return self
         longer = {name: F.pad(getattr(self, name), (0, 0, 0, cells)) for name in ("annotations", "projected")}

@@ -239,17 +239,25 @@ def test_bytes_of_a_row_grow_with_its_source(translator: Any) -> None:
     assert each < 2000
 
 
-def test_a_long_source_that_has_left_widens_nobody(translators: dict[str, Any]) -> None:
-    engine = made(translators["transformer"])
-    long, *short = sources(translators["transformer"], (48, 6, 7, 8))
+@pytest.mark.parametrize("name", ["transformer", "rnnsearch"])
+def test_a_long_source_that_has_left_widens_nobody(translators: dict[str, Any], name: str) -> None:
+    translator = translators[name]
+    engine = made(translator)
+    long, *short = sources(translator, (48, 6, 7, 8))
     params = replace(GREEDY, max_tokens=40, ignore_eos=True)
+
+    def width() -> int:
+        assert isinstance(engine.runner, RowsRunner)
+        state = engine.runner._state
+        return state.memory.keys[0].shape[2] if name == "transformer" else state.annotations.shape[1]
+
     engine.add(Add("long", long, replace(params, max_tokens=2), 0.0))
     engine.add(Add("0", short[0], params, 0.0))
     engine.step()
-    assert engine.runner._state.memory.keys[0].shape[2] == 48  # type: ignore[attr-defined]
+    assert width() == 48
     engine.step()
     engine.add(Add("1", short[1], params, 0.0))
     engine.step()
-    assert engine.runner._state.memory.keys[0].shape[2] == 7  # type: ignore[attr-defined]
+    assert width() == 7
     outputs = run(engine, [Add("2", short[2], params, 0.0)])
-    assert tokens(outputs["2"]) == generate(translators["transformer"].model, [short[2]], params)[0]
+    assert tokens(outputs["2"]) == generate(translator.model, [short[2]], params)[0]
