@@ -90,7 +90,7 @@ class RNNSearchState:
 
 
 class RNNSearch(nn.Module):
-    """See the module's docstring. Made with the paper's random weights (`initialise`), in fp32."""
+    """See the module's docstring. Made with random weights (`initialise`), in fp32."""
 
     encoder_decoder = True
 
@@ -114,15 +114,18 @@ class RNNSearch(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Appendix B.1: recurrent matrices random orthogonal, W_a and U_a N(0, 0.001^2), v_a and biases 0, all else
-        N(0, 0.01^2).
+        """As `config.initialisation` says. The paper's, appendix B.1: recurrent matrices random orthogonal, W_a and U_a
+        N(0, 0.001^2), v_a and biases 0, all else N(0, 0.01^2).
         """
+        scaled = self.config.initialisation == "scaled"
         for name, parameter in self.named_parameters():
             leaf = name.rpartition(".")[2]
-            if leaf == "v_a" or leaf.startswith("b"):
+            if leaf.startswith("b") or (leaf == "v_a" and not scaled):
                 parameter.zero_()
             elif leaf in ("U", "U_z", "U_r"):
                 nn.init.orthogonal_(parameter)
+            elif scaled:
+                nn.init.normal_(parameter, std=0.1 if "embed" in name else (3 * parameter.shape[-1]) ** -0.5)
             else:
                 nn.init.normal_(parameter, std=0.001 if leaf in ("W_a", "U_a") else 0.01)
 

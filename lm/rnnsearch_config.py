@@ -8,6 +8,7 @@ from typing import ClassVar
 from lm.config import MOST_CONTEXT, Checks, ConfigError, wrong_types
 
 READOUTS = ("previous", "current")
+INITIALISATIONS = ("paper", "scaled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class RNNSearchConfig:
     readout: str = "previous"
     bias: bool = True  # of all maps but the embeddings and W_o; the paper's start at 0 and are left out of its print
     share_embeddings: bool = False  # one table for source and target, where the vocabulary is joint; not the paper's
+    # paper: appendix B.1, nearly all weights N(0, 0.01^2), which small models leave slowly. scaled, not the paper's:
+    # N(0, 1 / (3 x inputs)), embeddings N(0, 0.1^2). Recurrent matrices are random orthogonal in both.
+    initialisation: str = "paper"
     dropout: float = 0.0  # on embeddings and on the deep output, while training; the paper has none
 
     def __post_init__(self) -> None:
@@ -107,6 +111,9 @@ class RNNSearchConfig:
             check(size is None or size >= 1, name, "it must be at least 1, or left out")
         check(self.context <= MOST_CONTEXT, "context", f"it must be at most {MOST_CONTEXT}")
         check(self.readout in READOUTS, "readout", f"it must be one of {', '.join(READOUTS)}")
+        check(
+            self.initialisation in INITIALISATIONS, "initialisation", f"it must be one of {', '.join(INITIALISATIONS)}"
+        )
         check(0 <= self.dropout < 1, "dropout", "it must be at least 0 and below 1")
         if self.fixed_context:
             check(self.alignment is None, "alignment", "it must be left out, for fixed_context aligns nothing")

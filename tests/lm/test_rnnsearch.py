@@ -50,7 +50,7 @@ def make_batch(targets: int = 6, rows: int = 5) -> dict[str, Tensor]:
 
 
 def near(ours: Tensor, expected: Tensor, scale: float = 1e-5) -> None:
-    torch.testing.assert_close(ours, expected, atol=scale * max(1.0, float(expected.abs().max())), rtol=0)
+    torch.testing.assert_close(ours, expected, atol=scale * max(1.0, float(expected.detach().abs().max())), rtol=0)
 
 
 # What the paper prints
@@ -72,6 +72,17 @@ def test_the_papers_initial_weights() -> None:
             assert abs(float(parameter.detach().mean())) < 5 * std * parameter.numel() ** -0.5, name
     orthogonal = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in ("U", "U_z", "U_r")]
     assert len(orthogonal) == 9  # three units, three matrices each
+
+
+def test_scaled_weights_follow_their_inputs() -> None:
+    torch.manual_seed(0)
+    model = RNNSearch(RNNSearchConfig(**SIZES | {"hidden": 64, "embedding": 50, "initialisation": "scaled"}))
+    assert 0.9 < float(model.src_embed.weight.detach().std()) * 10 < 1.1
+    for weight in (model.attention.W_a, model.decoder_unit.C_z, model.forward_unit.W, model.readout.V_o):
+        assert 0.9 < float(weight.detach().std()) * (3 * weight.shape[1]) ** 0.5 < 1.1
+    near(model.backward_unit.U @ model.backward_unit.U.t(), torch.eye(64))
+    assert model.attention.v_a.any()
+    assert not model.decoder_unit.b.any()
 
 
 def test_an_open_update_gate_takes_the_candidate_and_a_closed_one_keeps_the_state() -> None:
