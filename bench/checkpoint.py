@@ -25,6 +25,7 @@ import yaml
 from bench.record import WORK, save, timed
 from train import loop
 from train.config import load
+from train.keeper import Keeper
 from train.metrics import Metrics
 
 WITH, WITHOUT = "a checkpoint a minute", "none"
@@ -56,9 +57,9 @@ class Windows:
         if step == WARMUP + self.updates * len(self.sides):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def due(self, trainer: loop.Trainer) -> bool:
+    def due(self, keeper: Keeper) -> bool:
         """In the place of the clock. It is asked before the update is counted."""
-        return self.begins(trainer.progress.step + 1) == WITH
+        return self.begins(keeper.progress.step + 1) == WITH
 
     def samples(self) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {WITH: [], WITHOUT: []}
@@ -94,7 +95,7 @@ def main() -> None:
 
     windows = Windows(pairs, seconds)
     loop.Metrics = type("Watched", (Metrics,), {"log": lambda self, row: windows.log(self, row)})  # type: ignore
-    loop.Trainer._ephemeral_is_due = lambda self: windows.due(self)  # type: ignore[method-assign]
+    Keeper.due = lambda self: windows.due(self)  # type: ignore[method-assign]
     status = loop.run(load(path))
     if status != 128 + signal.SIGTERM:
         sys.exit(f"the training ended with status {status}")

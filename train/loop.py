@@ -26,6 +26,7 @@ from train.checkpoint import Progress
 from train.config import Recipe, RecipeError
 from train.estimate import peak_flops
 from train.guard import Diverged, Guard
+from train.keeper import Keeper
 from train.metrics import Metrics
 from train.optim import make_optimizer
 from train.progress import Say, clock
@@ -33,10 +34,9 @@ from train.schedule import factor
 from train.signals import Signals
 from train.task import Task
 from train.tracking import Tracker
-from train.writer import Writer
+from train.window import Window
 
 SLOW = 5.0  # seconds of an update above which ranks ask each other between its micro-batches whether to stop
-SHARE = 0.01  # of the time that training may stand still for ephemeral checkpoints
 
 
 def run(recipe: Recipe, signals: Signals | None = None) -> int:
@@ -77,10 +77,9 @@ class Trainer:
         self.peak = peak_flops(launch.device_name(here.device), recipe.train.dtype)
         self.guard = Guard(recipe.optim.spike, self.progress.guard)
         self.window = Window(self.progress.window)
-        self.writer = Writer(run_dir, recipe.checkpoint.keep) if here.main else None
-        self.saved_at = time.monotonic()
-        self.owed = False  # a checkpoint that is to be kept: due, and not yet begun or not proved to be good
-        self.unproved = False  # the one that is being written is to be kept
+        self.keeper = Keeper(
+            here, run_dir, recipe.checkpoint, self.bare, self.optimizer, self.progress, self._bring_progress
+        )
         self.stop = self.due = self.slow = False  # what the ranks agreed on in the last update
 
     def train(self) -> int:
@@ -93,6 +92,7 @@ class Trainer:
                 )
             return 0
         self._open()
+        self.signals.at_once = lambda: checkpoint.clean(self.run_dir)
         self.tracker = Tracker.start(recipe, self.run_dir, self.task.fingerprint, main=here.main)
         self.say = Say(here.main, self.steps, progress.step)
         status = 1
@@ -101,9 +101,7 @@ class Trainer:
             self._loop()
             status = self._finish()
         finally:
-            if self.writer is not None:
-                self.writer.decide(False)  # an error came before its state was proved
-                self.writer.finish()
+            self.keeper.close()
             self.say.close()
             self.tracker.finish(0 if progress.step < self.steps and status == self.signals.status else status)
             if self.metrics is not None:
@@ -159,10 +157,10 @@ class Trainer:
                     return
                 if self.stop:
                     return
-                self.owed |= progress.step % recipe.checkpoint.every == 0
-                if progress.step < self.steps and self.guard.streak == 0 and (self.owed or self.due):
-                    self._begin_checkpoint()
-                self._report()
+                if progress.step < self.steps:
+                    self.keeper.after_update(self.due, healthy=self.guard.streak == 0)
+                if problem := self.keeper.problem():
+                    self.say.sentence(f"step {progress.step}: {problem}")
                 began += time.perf_counter() - now  # not training time
                 self.window.began += time.perf_counter() - now
 
@@ -203,12 +201,12 @@ class Trainer:
         norm: Any = total.full_tensor() if isinstance(total, DTensor) else total
         # One exchange an update tells every rank the same: what to judge by, and what to do after it.
         loss, nll, norm, stop, due, seconds = here.sum(
-            [loss, nll, norm, here.stopping(), self._ephemeral_is_due(), time.perf_counter() - began]
+            [loss, nll, norm, here.stopping(), self.keeper.due(), time.perf_counter() - began]
         )
         loss, nll, norm = loss / targets, nll / targets, norm / here.world
         self.stop, self.due, self.slow = stop > 0, due > 0, seconds / here.world > SLOW
         reason = self.guard.judge(loss, norm)
-        self._prove(reason is None)
+        self.keeper.prove(reason is None)
         if reason is None:
             if recipe.optim.clip is not None and norm > recipe.optim.clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, recipe.optim.clip, total)
@@ -230,6 +228,9 @@ class Trainer:
             return own
         return int(min(here.sum([own * (rank == here.rank) for rank in range(here.world)]))) if self.slow else 0
 
+    def _bring_progress(self) -> None:
+        self.progress.guard, self.progress.window = self.guard.state(), self.window.state()
+
     def _skip(self, reason: str, loss: float, norm: float) -> None:
         """An update was left out: count it, say it, and end the run after too many in a row. Raises Diverged."""
         progress, most = self.progress, self.recipe.optim.max_skips
@@ -240,64 +241,12 @@ class Trainer:
         )
         if self.guard.streak < most:
             return
-        if self.writer is not None:
-            self.writer.finish()
-        found = checkpoint.checkpoints(self.run_dir)
-        stands = f"the newest checkpoint is {found[0]}" if found else "there was no checkpoint yet"
+        self.keeper.close()
         raise Diverged(
-            f"{most} updates in a row were skipped, the last because {reason}; the run stops at step {progress.step}, "
-            f"and {stands}. A lower rate, a longer warm-up or cleaner data may help (optim.lr, schedule.warmup); "
-            "optim.max_skips says how many are too many."
+            f"{most} updates in a row were skipped, the last because {reason}; the run stops at step {progress.step}. "
+            f"Of its checkpoints {self.keeper.newest()}. A lower rate, a longer warm-up or cleaner data may help "
+            "(optim.lr, schedule.warmup); optim.max_skips says how many are too many."
         )
-
-    # ------------------------------------------------------------ checkpoints
-
-    def _ephemeral_is_due(self) -> bool:
-        """By the main rank's clock; less often where training would stand still for more than SHARE of the time."""
-        every = self.recipe.checkpoint.ephemeral
-        if self.writer is None or every is None:
-            return False
-        return time.monotonic() - self.saved_at >= max(every, self.writer.waited / SHARE)
-
-    def _snapshot(self, ephemeral: bool) -> checkpoint.Snapshot | None:
-        self.progress.guard, self.progress.window = self.guard.state(), self.window.state()
-        return checkpoint.snapshot(self.bare, self.optimizer, self.progress, main=self.here.main, ephemeral=ephemeral)
-
-    def _begin_checkpoint(self) -> None:
-        """Have the state written while the next update is computed."""
-        snapshot = self._snapshot(ephemeral=not self.owed)
-        if self.writer is not None and snapshot is not None:
-            self.writer.begin(snapshot)
-            self.signals.at_once = lambda: checkpoint.clean(self.run_dir)
-        self.unproved, self.owed = self.owed, False
-        self.saved_at = time.monotonic()
-
-    def _prove(self, good: bool) -> None:
-        """The state that is being written has been used for a forward and backward pass; now it may change."""
-        self.owed |= self.unproved and not good
-        self.unproved = False
-        if self.writer is not None:
-            self.writer.decide(good)
-            self.writer.release()
-
-    def _save(self, ephemeral: bool) -> str | None:
-        """Write the state now, unless its checkpoint stands. Why it failed, for every rank to know."""
-        here, writer = self.here, self.writer
-        here.watch.at(f"the checkpoint after update {self.progress.step}")
-        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.bare.parameters()]
-        broken = here.any(not all(bool(p.isfinite().all()) for p in parameters))
-        problem = "the weights are not finite" if broken else None
-        if writer is not None:
-            writer.decide(not broken)
-            writer.finish()
-        stands = here.any(writer is not None and writer.step == self.progress.step)
-        if not (broken or stands) and (snapshot := self._snapshot(ephemeral)) is not None:
-            try:
-                checkpoint.write(self.run_dir, snapshot, self.recipe.checkpoint.keep)
-            except OSError as error:
-                problem = error.strerror or str(error)
-        failed = here.any(problem is not None)
-        return problem or ("the main rank could not write" if failed else None)
 
     # ------------------------------------------------------------ what is said and kept
 
@@ -351,16 +300,6 @@ class Trainer:
             self.say.sentence(
                 f"step {row['step']}: metrics.jsonl could not be written ({self.metrics.problem}); the rows are kept "
                 "until it can."
-            )
-
-    def _report(self) -> None:
-        """Say that a checkpoint could not be written; the run goes on."""
-        if self.writer is not None and (why := self.writer.reported()):
-            found = checkpoint.checkpoints(self.run_dir)
-            stands = f"{found[0].name} stays the newest" if found else "there is none yet"
-            self.say.sentence(
-                f"step {self.progress.step}: a checkpoint could not be written ({why}); {stands}, the run goes on, "
-                "and the next one is tried when it is due."
             )
 
     def _evaluation_is_due(self) -> bool:
@@ -454,16 +393,14 @@ class Trainer:
         """The last checkpoint, and after the last step the model's folder. Returns the exit status."""
         progress = self.progress
         ended = progress.step == self.steps
-        why = self._save(ephemeral=not ended)
+        why = self.keeper.save(ephemeral=not ended)
         if why is not None:
-            found = checkpoint.checkpoints(self.run_dir)
-            stands = f"The newest is {found[0].name}" if found else "There is none yet"
             self.say.sentence(
-                f"Ended at step {progress.step}, and its checkpoint could not be written ({why}). {stands}; what was "
-                "there stays, and the same command continues."
+                f"Ended at step {progress.step}, and its checkpoint could not be written ({why}); "
+                f"{self.keeper.newest()}. What was there stays, and the same command continues."
             )
             return 1
-        if not ended:
+        if not ended or self._evaluation_is_due():  # which was given up for the signal
             by = self.signals.why or "by a signal to another rank"
             self.say.sentence(f"Stopped {by} at step {progress.step}, with a checkpoint. The same command continues.")
             return self.signals.status
@@ -491,29 +428,3 @@ class Trainer:
             self.tracker.image(progress.step, "train/loss_curve", self.run_dir / "loss.png")
         self.say.sentence(f"Done in {clock(progress.seconds)} of training. The model is {self.run_dir / 'model'}.")
         return 0
-
-
-class Window:
-    """What is summed between two log rows, over all ranks. A run that is stopped between them takes it along."""
-
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.began = time.perf_counter()
-        self.waited = 0.0  # seconds without a batch
-        self.targets = 0  # since `began`
-        state = state or {}
-        self.loss: float = state.get("loss", 0.0)  # of the updates that were made: the objective in nats
-        self.nll: float = state.get("nll", 0.0)  # without label smoothing
-        self.counted: int = state.get("counted", 0)  # their targets
-        self.norm: float | None = state.get("norm")  # of the last one's gradient, before clipping
-
-    def state(self) -> dict[str, Any]:
-        return {"loss": self.loss, "nll": self.nll, "counted": self.counted, "norm": self.norm}
-
-    def add(self, loss: float, nll: float, norm: float, targets: int) -> None:
-        """An update that was made: nats a target."""
-        self.loss, self.nll = self.loss + loss * targets, self.nll + nll * targets
-        self.counted, self.norm = self.counted + targets, norm
-
-    def means(self) -> tuple[float | None, float | None]:
-        """Loss and nll, nats a target; None where no update was made."""
-        return (self.loss / self.counted, self.nll / self.counted) if self.counted else (None, None)

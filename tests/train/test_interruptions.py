@@ -22,6 +22,7 @@ from train.__main__ import main
 from train.checkpoint import checkpoints
 from train.config import RecipeError
 from train.guard import Diverged
+from train.keeper import Keeper
 from train.metrics import read
 from train.signals import Interrupted
 
@@ -63,16 +64,16 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
 ) -> None:
     """Bit for bit, although the next update has been made long before the folder has its name."""
     states: dict[int, dict[str, torch.Tensor]] = {}
-    begin = loop.Trainer._begin_checkpoint
+    begin = Keeper.begin
 
-    def remember(self: loop.Trainer) -> None:
+    def remember(self: Keeper, ephemeral: bool) -> None:
         state = self.optimizer.state
         states[self.progress.step] = {
             key: tensor.detach().clone()
-            for name, p in self.bare.named_parameters()
+            for name, p in self.model.named_parameters()
             for key, tensor in [(name, p), *((f"{name}/{part}", t) for part, t in state[p].items())]
         }
-        begin(self)
+        begin(self, ephemeral)
 
     kept: dict[int, dict[str, torch.Tensor]] = {}
     write = checkpoint.write
@@ -86,7 +87,7 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
         )
         return named
 
-    monkeypatch.setattr(loop.Trainer, "_begin_checkpoint", remember)
+    monkeypatch.setattr(Keeper, "begin", remember)
     monkeypatch.setattr(checkpoint, "write", keep)
     tiny(ALWAYS, f"optim.name={name}")
     assert sorted(states) == list(range(1, 12))
@@ -100,15 +101,15 @@ def test_ephemeral_ones_are_due_by_the_clock_and_may_not_hold_up_training(
     tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    due = loop.Trainer._ephemeral_is_due
+    due = Keeper.due
 
-    def watched(self: loop.Trainer) -> bool:
+    def watched(self: Keeper) -> bool:
         assert self.writer is not None
         self.writer.waited = 0.0 if self.progress.step < 6 else 100.0  # seconds, for the newest
         asked.append(due(self))
         return asked[-1]
 
-    monkeypatch.setattr(loop.Trainer, "_ephemeral_is_due", watched)
+    monkeypatch.setattr(Keeper, "due", watched)
     tiny("checkpoint.ephemeral=1e-9", "checkpoint.every=100")
     assert asked == [True] * 6 + [False] * 6
     assert [path.name for path in checkpoints(tiny.folder / "run")] == ["step-12"]
@@ -136,8 +137,8 @@ def test_a_state_that_proves_to_be_broken_is_no_checkpoint(tiny, monkeypatch: py
     checkpoint.verify(newest)
     assert all(bool(t.isfinite().all()) for t in checkpoint.load_file(newest / "model.safetensors").values())
     assert str(stopped.value).startswith(
-        "3 updates in a row were skipped, the last because the loss is not finite (nan); the run stops at step 10, and "
-        f"the newest checkpoint is {newest}."
+        "3 updates in a row were skipped, the last because the loss is not finite (nan); the run stops at step 10. "
+        f"Of its checkpoints the newest is {newest}. "
     )
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
     assert [row["step"] for row in read(run / "metrics.jsonl") if "skip" in row] == [8, 9, 10]
@@ -202,8 +203,9 @@ def test_a_stop_between_micro_batches_gives_the_update_up(
     assert figures(rows, "grad_norm") == figures(whole, "grad_norm")
 
 
+@pytest.mark.parametrize("number", [2, 4], ids=["in the middle", "at the end"])
 def test_a_stop_in_an_evaluation_gives_it_up_and_it_is_made_first(
-    tiny, figures: Losses, monkeypatch: pytest.MonkeyPatch
+    tiny, figures: Losses, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     options = ["eval.every=3", "model.dropout=0.1"]
     whole = tiny(*options, name="whole")
@@ -213,7 +215,7 @@ def test_a_stop_in_an_evaluation_gives_it_up_and_it_is_made_first(
 
         def stopping(self: launch.Launch) -> None:
             calls.append(1)
-            if len(calls) == 2:
+            if len(calls) == number:
                 os.kill(os.getpid(), signal.SIGINT)
             check(self)
 
@@ -221,8 +223,9 @@ def test_a_stop_in_an_evaluation_gives_it_up_and_it_is_made_first(
         tiny(*options, status=130)
     run = tiny.folder / "run"
     newest = checkpoints(run)[0]
-    assert newest.name == "step-6"
-    assert checkpoint.read_progress(newest).evaluated == 3
+    assert checkpoint.number(newest) == 3 * number
+    assert checkpoint.read_progress(newest).evaluated == 3 * (number - 1)
+    assert not (run / "model-last").exists()
     rows = tiny(*options)
     assert [row["step"] for row in rows] == [row["step"] for row in whole]
     assert figures(rows) == figures(whole)
@@ -287,7 +290,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
         at(patch, 11, lambda self: full.__exit__(None, None, None))
         rows = tiny("log.every=1", "checkpoint.every=2", "eval.every=3")
     said = capsys.readouterr().out
-    assert "a checkpoint could not be written (File too large); step-4 stays the newest, the run goes on" in said
+    assert (
+        f"a checkpoint could not be written (File too large); the newest is {tiny.folder}/run/checkpoints/step-4,"
+        in said
+    )
     assert "metrics.jsonl could not be written (File too large); the rows are kept until it can." in said
     assert "step 6: its folder could not be written (" in said
     assert figures(rows) == figures(whole)
@@ -311,8 +317,8 @@ def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_the_same_command_ends_
         finally:
             full.__exit__(None, None, None)
     assert (
-        "Ended at step 12, and its checkpoint could not be written (File too large). The newest is step-8; what was "
-        "there stays, and the same command continues." in capsys.readouterr().out
+        "Ended at step 12, and its checkpoint could not be written (File too large); the newest is "
+        f"{checkpoints(run)[0]}. What was there stays, and the same command continues." in capsys.readouterr().out
     )
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name != "step-4"] == ["step-8"]
     assert figures(tiny()) == figures(whole)
@@ -326,8 +332,8 @@ def test_a_folder_that_can_no_longer_be_written_costs_a_checkpoint_and_not_the_r
     there, away = tiny.folder / "run" / "checkpoints", tiny.folder / "away"
 
     def close(self: loop.Trainer) -> None:
-        assert self.writer is not None
-        self.writer.finish() if self.writer._decided.is_set() else None
+        assert self.keeper.writer is not None
+        self.keeper.writer.finish()
         there.rename(away)
         there.touch()
 
