@@ -321,8 +321,8 @@ class Transformer(nn.Module):
         """The loss of translations, all positions in parallel.
 
         batch: src int64 [B, S], src_mask bool [B, S] (the real tokens, which come first), tgt_input int64 [B, T] and
-        tgt_output int64 [B, T], which is lm.loss.IGNORE where nothing is asked. Raises ValueError for a source or target
-        that is longer than the context.
+        tgt_output int64 [B, T], which is lm.loss.IGNORE where nothing is asked. Raises ValueError for a source or a
+        target that is longer than the context.
         """
         for name, side in (("source", "src"), ("target", "tgt_input")):
             if batch[side].shape[1] > self.config.context:
