@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _differences(values: list[bytes], here: Place) -> list[str]:
 def program(recipe: Recipe) -> dict[str, Any]:
     """What must be the same on every node before anything is prepared: versions, source, and the recipe's keys."""
     facts: dict[str, Any] = {
-        "heed": version("heed"),
+        "heed": _version(),
         "its source": _source(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -193,6 +193,13 @@ def program(recipe: Recipe) -> dict[str, Any]:
     for section, values in recipe.to_dict().items():
         facts |= {f"{section}.{key}": v for key, v in values.items() if f"{section}.{key}" not in OWN}
     return json.loads(json.dumps(facts))
+
+
+def _version() -> str | None:
+    try:
+        return version("heed")
+    except PackageNotFoundError:  # run from its source, uninstalled
+        return None
 
 
 def _source() -> str:

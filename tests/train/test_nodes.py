@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from train import checkpoint
+from train.launch import cores
 from train.metrics import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,17 +95,20 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 def test_a_rank_that_is_killed_ends_the_run_with_its_name(begin, tiny_yaml: Path, tmp_path: Path) -> None:
-    """The launcher sends the others SIGTERM at once; they still find out why. What was kept stays."""
+    """Of four. The launcher sends the others SIGTERM at once; they still find out why. What was kept stays."""
     run = tmp_path / "run"
     options = [*ENDLESS, f"run.dir={run}", "checkpoint.every=5"]
-    launched = begin([ACCELERATE, *CPUS, "-m", "train", str(tiny_yaml), *options])
+    launched = begin([ACCELERATE, *CPUS, "--num_processes", "4", "-m", "train", str(tiny_yaml), *options])
     launched.reach(run, 12)
     launched.rank(1).kill()
     assert launched.end(60) == 1
-    (cause,) = launched.causes()
-    assert cause.startswith("rank 0: the run ends: rank 1 on ")
-    assert " is gone: killed from outside" in cause
-    assert "Traceback" not in launched.said().partition(cause)[0]
+    causes = launched.causes()
+    assert [cause[:7] for cause in causes] == ["rank 0:", "rank 2:", "rank 3:"]
+    for cause in causes:
+        assert cause[7:].startswith(" the run ends: rank 1 on ")
+        assert " is gone: killed from outside" in cause
+        assert "Traceback" not in launched.said().partition(cause)[0]
+    assert f"4 process(es), {max(1, cores() // 4)} thread(s) each" in launched.said()
     assert len(read(run / "metrics.jsonl")) >= 12
     assert checkpoint.checkpoints(run)
 
