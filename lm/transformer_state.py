@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm.attention import explicit_attention, fused_attention
+from lm.target_cache import TargetCache
 from lm.trace import AttentionTrace
 from lm.transformer_config import TransformerConfig
-
-LEAST_CELLS = 16  # of a cache that is made or grows: it doubles from here
 
 
 @dataclass
@@ -65,14 +64,13 @@ class TransformerState:
     """R rows, each a target so far and its source.
 
     memory: of M sources; every one has R / M rows, which stand beside each other (the hypotheses of a beam): they
-    attend to one copy of it, together. keys [layers, R, H, cells, d_k] and values [layers, R, H, cells, d_v]: the
-    target's cache, row r's in cells 0 ... lengths[r] - 1; lengths int64 [R]. first int64 [R] is the token that the
-    first `step` is to be given. Cells beyond a row's length hold nothing of meaning and are never attended to.
+    attend to one copy of it, together. cache: the targets' keys and values, row r's in cells 0 ... lengths[r] - 1, in
+    groups as the sources have them; lengths int64 [R]. first int64 [R] is the token that the first `step` is to be
+    given. Cells beyond a row's length hold nothing of meaning and are never attended to.
     """
 
     memory: Memory
-    keys: Tensor
-    values: Tensor
+    cache: TargetCache
     lengths: Tensor
     first: Tensor
     context: int
@@ -90,19 +88,23 @@ class TransformerState:
             sources,
         )
         rows, like = len(sources), memory.keys[0]
-        keys = like.new_empty(config.decoder_layers, rows, config.heads, 0, config.key)
-        values = like.new_empty(config.decoder_layers, rows, config.heads, 0, config.value)
+        keys = like.new_empty(config.decoder_layers, rows, config.heads, 0, 1, config.key)
+        values = like.new_empty(config.decoder_layers, rows, config.heads, 0, 1, config.value)
         lengths = torch.zeros_like(sources)
-        return cls(memory, keys, values, lengths, lengths + config.start_id, config.context, 0, True)
+        cache = TargetCache(keys, values)
+        return cls(memory, cache, lengths, lengths + config.start_id, config.context, 0, True)
+
+    @property
+    def each(self) -> int:
+        """The rows of a source."""
+        return max(1, len(self.lengths) // max(1, len(self.memory.lengths)))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more in every row. Raises ValueError when a row would outgrow the model's context."""
-        needed, cells = self.longest + tokens, self.keys.shape[3]
+        needed = self.longest + tokens
         if needed > self.context:
             raise ValueError(f"a target would have {needed} tokens; the model's context is {self.context}.")
-        if needed > cells:
-            more = min(self.context, max(needed, 2 * cells, LEAST_CELLS)) - cells
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
+        self.cache.reserve(needed, self.context)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that were written into every row."""
@@ -111,13 +113,19 @@ class TransformerState:
 
     def select(self, index: Tensor) -> TransformerState:
         """The rows that `index` int64 [R] names, in its order; a row may be named more than once or not at all."""
-        each = len(self.lengths) // max(1, len(self.memory.lengths))
+        sources = (index // self.each).tolist()
+        kept = list(dict.fromkeys(sources))
+        each = len(sources) // max(1, len(kept))
+        if sources != [source for source in kept for _ in range(each)]:
+            kept, each = sources, 1  # no longer the same number of rows beside each other for each: a copy a row
+        memory = self.memory
+        if kept != list(range(len(memory.lengths))):
+            memory = memory.select(torch.tensor(kept, dtype=torch.int64, device=index.device))
         lengths = self.lengths[index]
         longest = self.longest if self.even else int(lengths.max()) if len(lengths) else 0
         return TransformerState(
-            self._select_memory((index // max(1, each)).tolist(), index.device),
-            self.keys.index_select(1, index),
-            self.values.index_select(1, index),
+            memory,
+            self.cache.select(index, kept, max(1, each)),
             lengths,
             self.first[index],
             self.context,
@@ -125,37 +133,21 @@ class TransformerState:
             self.even or bool((lengths == longest).all()),
         )
 
-    def _select_memory(self, sources: list[int], device: torch.device) -> Memory:
-        """Of the source that each new row has; no copy where all sources stay as they are."""
-        distinct = list(dict.fromkeys(sources))
-        each = len(sources) // max(1, len(distinct))
-        if sources != [source for source in distinct for _ in range(each)]:
-            distinct = sources  # no longer the same number of rows beside each other for each: a copy a row
-        if distinct == list(range(len(self.memory.lengths))):
-            return self.memory
-        return self.memory.select(torch.tensor(distinct, dtype=torch.int64, device=device))
-
     @staticmethod
     def join(states: Sequence[TransformerState]) -> TransformerState:
         """The rows of all states, in order, as one state."""
-        cells = max(state.keys.shape[3] for state in states)
         longest = max(state.longest for state in states)
         lengths = torch.cat([state.lengths for state in states])
-        each = {len(state.lengths) // max(1, len(state.memory.lengths)) for state in states}
-        memories = [
-            state.memory
-            if len(each) == 1
-            else state.memory.select(
-                torch.arange(len(state.memory.lengths), device=lengths.device).repeat_interleave(
-                    len(state.lengths) // max(1, len(state.memory.lengths))
-                )
-            )
-            for state in states
-        ]
+        memories, caches = [state.memory for state in states], [state.cache for state in states]
+        if len({state.each for state in states}) > 1:
+            caches = [cache.apart() for cache in caches]
+            memories = [
+                memory.select(torch.arange(len(memory.lengths), device=lengths.device).repeat_interleave(state.each))
+                for memory, state in zip(memories, states, strict=True)
+            ]
         return TransformerState(
             Memory.join(memories),
-            torch.cat([F.pad(state.keys, (0, 0, 0, cells - state.keys.shape[3])) for state in states], dim=1),
-            torch.cat([F.pad(state.values, (0, 0, 0, cells - state.values.shape[3])) for state in states], dim=1),
+            TargetCache.join(caches),
             lengths,
             torch.cat([state.first for state in states]),
             states[0].context,
@@ -169,49 +161,63 @@ class Cached:
 
     def __init__(self, state: TransformerState, tokens: int, record: AttentionTrace | None = None):
         state.reserve(tokens)
-        self.state, self.tokens, self.record = state, tokens, record
+        self.state, self.record = state, record
         device = state.lengths.device
         new = torch.arange(tokens, device=device)
         self.span = state.longest + tokens
-        self.rows = torch.arange(len(state.lengths), device=device).unsqueeze(1)
         # int64 [t] where all rows are equally long, else [R, t]
         self.positions = new + state.longest if state.even else state.lengths.unsqueeze(1) + new
-        self.mask: Tensor | None = None  # bool [R or 1, t, span]
+        self.past: Tensor | None = None  # bool [R or 1, t, span]: the cells that a row has reached
         if not state.even or tokens > 1 or record is not None:
             positions = self.positions.unsqueeze(0) if state.even else self.positions
-            self.mask = torch.arange(self.span, device=device) <= positions.unsqueeze(-1)
+            self.past = torch.arange(self.span, device=device) <= positions.unsqueeze(-1)
+        state.cache.begin(self.positions)
+        self.mask = self._mask()
+        self.added = self.mask  # what the fused kernel adds to the scores: it would make that of the mask in each layer
+        if self.mask is not None:
+            self.added = torch.zeros_like(self.mask, dtype=state.cache.keys.dtype).masked_fill_(~self.mask, -torch.inf)
+
+    def _mask(self) -> Tensor | None:
+        """bool [M or 1, E * t, span * P]: the places that a group's rows may attend to; None: all."""
+        lineage = self.state.cache.lineage(self.span)
+        if lineage is None:
+            return self.past
+        seen = lineage.unsqueeze(2)  # [M, E, 1, span, P]
+        if self.past is None:
+            return seen.flatten(3).flatten(1, 2)
+        groups = 1 if self.state.even else len(lineage)
+        return (seen & self.past.unflatten(0, (groups, -1)).unsqueeze(-1)).flatten(3).flatten(1, 2)
 
     def target(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.state.keys[layer], self.state.values[layer]  # [R, H, cells, d]
-        if self.state.even:
-            keys[:, :, self.state.longest : self.span] = k.transpose(1, 2)
-            values[:, :, self.state.longest : self.span] = v.transpose(1, 2)
-        else:
-            keys[self.rows, :, self.positions] = k
-            values[self.rows, :, self.positions] = v
-        return self._attend("decoder", layer, q, keys[:, :, : self.span], values[:, :, : self.span], self.mask)
+        cache = self.state.cache
+        cache.write(layer, k, v, self.positions, self.state.longest if self.state.even else None)
+        return self._attend("decoder", layer, q, *cache.read(layer, self.span), self.mask, self.added)
 
     def source(self, layer: int, q: Tensor) -> Tensor:
         memory = self.state.memory
-        # The rows of one source are more queries to it.
-        together = q.reshape(len(memory.lengths), -1, *q.shape[2:])
-        mixed = self._attend("cross", layer, together, memory.keys[layer], memory.values[layer], memory.mask)
-        return mixed.reshape(*q.shape[:3], -1)
+        return self._attend("cross", layer, q, memory.keys[layer], memory.values[layer], memory.mask, memory.mask)
 
-    def _attend(self, kind: str, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B, t, H, d], k and v [B, H, S, d], mask bool [B or 1, 1 or t, S] -> [B, t, H, d]."""
+    def _attend(
+        self, kind: str, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, added: Tensor | None
+    ) -> Tensor:
+        """q [R, t, H, d], k and v [M, H, S, d], mask bool [M or 1, 1 or E * t, S] -> [R, t, H, d].
+
+        The rows of a group are more queries to what it has in common. added: the mask as the fused kernel takes it.
+        """
+        together = q.reshape(len(k), -1, *q.shape[2:])
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.record is None or not self.record.wants(kind, layer):
-            return fused_attention(q, k, v, mask)
+            return fused_attention(together, k, v, added).reshape(*q.shape[:3], -1)
         if mask is None:
             mask = torch.ones(1, 1, k.shape[1], dtype=torch.bool, device=q.device)
-        mixed, weights = explicit_attention(q, k, v, mask)
-        rows = len(self.state.lengths)
+        mixed, weights = explicit_attention(together, k, v, mask)
+        rows, each = len(q), self.state.each
+        weights = weights.unflatten(2, (each, -1)).transpose(1, 2).flatten(0, 1)  # [R, H, t, S]
         if kind == "cross":
-            each = rows // max(1, len(weights))
-            weights = weights.unflatten(2, (each, -1)).transpose(1, 2).flatten(0, 1)  # [R, H, t, S]
-            real = mask[:, 0].expand(len(self.state.memory.lengths), -1).repeat_interleave(each, dim=0)
+            real = mask[:, 0].expand(len(k), -1).repeat_interleave(each, dim=0)
         else:
-            real = mask[:, -1].expand(rows, -1)
+            weights = weights.unflatten(-1, (self.span, -1)).sum(dim=-1)  # a row's weight is at one place of a cell
+            assert self.past is not None
+            real = self.past[:, -1].expand(rows, -1)
         self.record.add(kind, layer, weights, keys=real)
-        return mixed
+        return mixed.reshape(*q.shape[:3], -1)
