@@ -54,7 +54,7 @@ def test_steps_follow_one_another_through_the_epochs_wherever_one_begins() -> No
         assert PairBatches(some(sizes), seed=5, batch_tokens=40).rows(step).tolist() == rows[step]
     of_epoch = len(straight.plan(0))
     assert straight.epoch(of_epoch) == 1.0
-    assert sorted(sum(rows[:of_epoch], [])) == list(range(200))
+    assert sorted(row for batch in rows[:of_epoch] for row in batch) == list(range(200))
     assert rows[:5] != rows[of_epoch : of_epoch + 5]  # another order
     assert PairBatches(some(sizes), seed=6, batch_tokens=40).rows(0).tolist() != rows[0]
 

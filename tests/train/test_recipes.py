@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lm.architectures import ARCHITECTURES
 from lm.pretrained import family_of
 from train.__main__ import main
-from train.config import SECTIONS, check_launch, load
+from train.config import check_launch, load, sections
 from train.schema import key_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,17 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
 # Whatever else there is has not, and says so in its first line.
-HAVE_RUN = {"demo", "finetune", "shakespeare-char", "cpu"}
+HAVE_RUN = {
+    "demo",
+    "finetune",
+    "shakespeare-char",
+    "cpu",
+    "cpus",
+    "nodes-cpu",
+    *(name for name in NAMES if name.startswith("translate-")),
+}
+# Where each key is explained with its default: these three hold all there are.
+REFERENCES = ("demo", "translate-reverse", "translate-reverse-rnnsearch")
 
 
 def keys_with_comments(path: Path) -> dict[str, str]:
@@ -48,6 +59,13 @@ def begun(path: Path, folder: Path) -> list[str]:
 def test_there_are_the_recipes_that_the_project_promises() -> None:
     assert set(NAMES) >= {"demo", "finetune", "shakespeare-char", "shakespeare-char-gpu"}
     assert set(NAMES) >= {"gpt2-124m", "llama-1b", "smollm-135m"}
+    assert set(NAMES) >= {"rnnsearch-30", "rnnsearch-50", "rnnencdec-50", "transformer-base", "transformer-big"}
+    kinds = ("transformer", "transformer-6", "rnnsearch", "rnnencdec", "lm", "prefix-lm")
+    assert set(NAMES) >= {
+        "translate-reverse",
+        "translate-reverse-rnnsearch",
+        *(f"translate-multi30k-{k}" for k in kinds),
+    }
     assert {path.stem for path in LAUNCHERS} >= {"cpu", "gpu", "node-ddp", "node-fsdp2", "nodes-ddp", "nodes-fsdp2"}
 
 
@@ -82,25 +100,40 @@ def test_every_key_is_explained_where_it_stands(path: Path, tiny_folder: Path) -
     assert load(path, begun(path, tiny_folder)).run.dir == f"runs/{path.stem}"
 
 
-def test_the_demo_lists_every_key_with_its_true_default() -> None:
-    explained = keys_with_comments(ROOT / "configs/demo.yaml")
-    fields = {f"{name}.{key_of(field)}": field for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-    assert set(explained) == set(fields)
-    text = (ROOT / "configs/demo.yaml").read_text()
-    for key, field in fields.items():
-        if key in ("train.steps", "train.tokens", "data.text", "data.dataset", "run.dir"):
-            continue  # one of two, or made from the file's name
-        directly = re.search(rf"#[^\n]*\n  {key.partition('.')[2]}:", text)
-        assert directly, f"{key} has no comment of its own"
-        says = re.search(r"(No default|Default (\[.*?\]|[^\s:]+))", explained[key])
-        assert says, f"{key} does not say its default"
-        if says[1] == "No default":
-            assert field.default in (dataclasses.MISSING, None), key
-        else:
-            value = yaml.safe_load(says[2].rstrip("."))
-            value = {"none": (), "runs/NAME-OF-THIS-FILE": None}.get(value, value) if isinstance(value, str) else value
-            value = float(value) if isinstance(field.default, float) else value
-            assert (tuple(value) if isinstance(value, list) else value) == field.default, key
+def test_every_key_is_listed_with_its_true_default() -> None:
+    """In one of the three recipes that are references, for every architecture."""
+    listed: dict[tuple[str, str], str] = {}
+    for name in REFERENCES:
+        architecture = load(ROOT / f"configs/{name}.yaml").model.architecture
+        text = (ROOT / f"configs/{name}.yaml").read_text()
+        for key, comment in keys_with_comments(ROOT / f"configs/{name}.yaml").items():
+            if re.search(rf"#[^\n]*\n  {key.partition('.')[2]}:", text) and re.search("No default|Default", comment):
+                listed.setdefault((architecture if key.startswith("model.") else "", key), comment)
+    for architecture in ARCHITECTURES:
+        for section, cls in sections(architecture).items():
+            for field in dataclasses.fields(cls):
+                key = f"{section}.{key_of(field)}"
+                if key in ("train.steps", "train.tokens", "data.text", "data.dataset", "run.dir"):
+                    continue  # one of two, or made from the file's name
+                own = architecture if section == "model" else ""
+                if key in ("model.architecture", "model.from"):
+                    own = {"model.architecture": "transformer", "model.from": "decoder"}[key]
+                comment = listed.get((own, key))
+                assert comment, f"{key} of a {architecture} is in no reference"
+                if key != "model.architecture":
+                    check_default(key, field, comment)
+
+
+def check_default(key: str, field: dataclasses.Field, comment: str) -> None:
+    says = re.search(r"(No default|Default (\[.*?\]|[^\s:]+))", comment)
+    assert says, f"{key} does not say its default"
+    if says[1] == "No default":
+        assert field.default in (dataclasses.MISSING, None), key
+        return
+    value = yaml.safe_load(says[2].rstrip(".,"))
+    value = {"none": (), "runs/NAME-OF-THIS-FILE": None}.get(value, value) if isinstance(value, str) else value
+    value = float(value) if isinstance(field.default, float) else value
+    assert (tuple(value) if isinstance(value, list) else value) == field.default, key
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *LAUNCHERS], ids=lambda path: path.stem)
@@ -144,7 +177,8 @@ def test_the_launcher_reads_its_files(path: Path) -> None:
 
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "no", "the recipe's train.dtype decides"
-    assert config.num_processes == (1 if path.stem in ("cpu", "gpu") else 8 * config.num_machines)
+    few = {"cpu": 1, "gpu": 1, "cpus": 2, "nodes-cpu": 2}
+    assert config.num_processes == few.get(path.stem, 8 * config.num_machines)
     if "fsdp2" in path.stem:
         from lm.decoder import Block
 
