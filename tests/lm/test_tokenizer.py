@@ -21,8 +21,11 @@ from lm.tokenizer import (
     UNKNOWN,
     Tokenizer,
     TokenizerError,
+    close_sources,
     train_bpe,
     train_characters,
+    train_translator_bpe,
+    train_words,
 )
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n\tAll: Don't  — naïve café 12345. 🦄\r\n"
@@ -259,3 +262,41 @@ def test_loading_takes_neither_torch_nor_transformers(tmp_path: Path, bpe: Token
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == bpe.encode("hear me")
+
+
+def test_a_translators_words() -> None:
+    """The most frequent ones, ties in order of the alphabet; all else is <unk>; a space stands between two."""
+    tokenizer = train_words(["b a a", "c b d  d", "<unk> </s> e"], vocab_size=7)
+    vocabulary = sorted(tokenizer.inner.get_vocab().items(), key=lambda item: item[1])
+    assert [token for token, _ in vocabulary] == ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "d"]
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.decode(tokenizer.encode(" a  c\tb ")) == "a <unk> b"
+    assert train_words(["x y"]).vocab_size == 6
+    with pytest.raises(ValueError, match="vocab_size is 4; it must hold 4 special tokens and a word"):
+        train_words(["a"], 4)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words"])
+@pytest.mark.parametrize(("encoder_decoder", "end"), [(True, 2), (False, 1)])
+def test_a_source_is_closed_as_its_reader_needs_it_through_autotokenizer_too(
+    tmp_path: Path, kind: str, encoder_decoder: bool, end: int
+) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["ein mann geht .", "a man walks ."]
+    learned = train_words(texts) if kind == "words" else train_translator_bpe(texts, 270)
+    tokenizer = close_sources(learned, encoder_decoder)
+    ids = tokenizer.encode(texts[0])
+    assert ids[-1] == end
+    assert ids[:-1] == tokenizer.encode(texts[0], add_special_tokens=False) == learned.encode(texts[0])
+    assert tokenizer.decode(ids) == texts[0]
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.pad_id, loaded.bos_id, loaded.eos_id) == (0, 1, 2)
+    assert loaded.encode(texts[0]) == ids == AutoTokenizer.from_pretrained(tmp_path)(texts[0]).input_ids
+    assert tokenizer.encode("") == [end]
+
+
+def test_a_tokenizer_without_an_end_translates_nothing() -> None:
+    with pytest.raises(ValueError, match="the tokenizer has no pad_token, which a translator needs"):
+        close_sources(train_characters(["abc"]), True)

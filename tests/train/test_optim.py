@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lm import DecoderConfig, DecoderLM
 from train.config import Optim
-from train.optim import Optimizer, make_optimizer, orthogonalise
+from train.optim import STATE, Optimizer, make_optimizer, orthogonalise
 
 SHAPE: dict[str, Any] = {"vocab_size": 40, "context": 16, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2}
 SHAPES = [
@@ -183,3 +183,23 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not optimizer.state
     assert isinstance(optimizer, Optimizer)
+
+
+@pytest.mark.parametrize("optim", [Optim(name="adadelta", lr=1.0, eps=1e-6, weight_decay=0.0), Optim(name="adadelta")])
+def test_adadelta_is_torchs_with_its_own_rho(optim: Optim) -> None:
+    """arXiv 1212.5701; torch's default rho is another. Weight decay is decoupled here, so it is compared without."""
+    model, other = build(), build()
+    optimizer = make_optimizer(model, optim)
+    theirs = torch.optim.Adadelta(other.parameters(), lr=optim.lr, rho=0.95, eps=optim.eps)
+    for step in range(5):
+        for one in (model, other):
+            fill_gradients(one, step)
+        optimizer.step()
+        if optim.weight_decay:
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.mul_(1 - optim.lr * optim.weight_decay * (p.dim() > 1))
+        theirs.step()
+    for ours, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    assert {key for state in optimizer.state.values() for key in state} == STATE["adadelta"]

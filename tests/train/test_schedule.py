@@ -60,3 +60,12 @@ def test_between_nothing_and_the_peak_and_down_after_the_warm_up(
     assert all(a < b for a, b in pairwise(rates[:warmup]))
     assert all(a >= b - 1e-12 for a, b in pairwise(rates[warmup:]))
     assert rates[-1] >= min(floor, 1 / (warmup + 1)) - 1e-12
+
+
+@given(warmup=st.integers(1, 50), step=st.integers(0, 400))
+def test_inverse_square_root_is_the_papers(warmup: int, step: int) -> None:
+    """arXiv 1706.03762, equation 3, over its peak; whatever the run's length."""
+    equation = min((step + 1) ** -0.5, (step + 1) * warmup**-1.5) / warmup**-0.5
+    schedule = Schedule(kind="inverse_sqrt", warmup=warmup)
+    assert factor(schedule, step, 500) == pytest.approx(equation)
+    assert factor(schedule, warmup - 1, 500) == pytest.approx(1)
