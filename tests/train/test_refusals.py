@@ -66,7 +66,7 @@ TABLE: dict[str, Case] = {
     ),
     "a translator of a text": (
         {},
-        ["model.architecture=transformer"],
+        ["model.architecture=transformer", "tokenizer.kind=bpe", "tokenizer.vocab_size=300"],
         [
             r"model\.layers is not a key; did you mean",
             r"model\.architecture is transformer; it learns from pairs: give",
