@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import yaml
 from torch import nn, optim
 
+from lm.architectures import ARCHITECTURES
+from lm.config import DecoderConfig
 from train import checkpoint
 from train.checkpoint import Progress
-from train.config import Recipe, RecipeError
+from train.config import Recipe, RecipeError, sections
 from train.launch import Launch
 from train.live import Live
-from train.schema import show
+from train.schema import key_of, show
 
 # What may differ when a run is continued: none of it changes what the steps before would have computed.
 MAY_CHANGE = (
@@ -86,7 +89,7 @@ def find(recipe: Recipe, run_dir: Path) -> Path | None:
         )
     if not found:
         return None
-    differing = differences(_read_recipe(written), recipe.to_dict()) if written.exists() else []
+    differing = differences(_with_defaults(_read_recipe(written)), recipe.to_dict()) if written.exists() else []
     if differing:
         raise RecipeError(
             [
@@ -142,6 +145,25 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
         for key, value in flat_new.items()
         if flat_old.get(key) != value and not key.startswith(MAY_CHANGE)
     ]
+
+
+def _with_defaults(old: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe that an older version wrote, with the keys that have come since at their defaults: what they do then is
+    what it did. With model.from its folder decides most of the model's section, which stays as it is."""
+    model = old.get("model", {})
+    architecture = model.get("architecture", DecoderConfig.architecture)
+    if architecture not in ARCHITECTURES:
+        return old  # not ours; it differs
+    full = {}
+    for name, cls in sections(architecture).items():
+        own = name == "model" and model.get("from") is not None
+        defaults = {
+            key_of(field): list(field.default) if isinstance(field.default, tuple) else field.default
+            for field in dataclasses.fields(cls)
+            if not own and field.default is not dataclasses.MISSING
+        }
+        full[name] = defaults | old.get(name, {})
+    return full
 
 
 def _read_recipe(file: Path) -> dict[str, dict[str, Any]]:

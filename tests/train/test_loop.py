@@ -394,6 +394,20 @@ def test_a_checkpoint_or_recipe_that_cannot_be_read_is_refused(tiny) -> None:
     assert [row["step"] for row in tiny("train.steps=6")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_an_older_version_began_continues(tiny, tmp_path: Path) -> None:
+    """Its recipe lacks the keys that have come since; their defaults do what it did."""
+    tiny("train.steps=3")
+    file = tmp_path / "run" / "config.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    for section, key in (("model", "architecture"), ("train", "label_smoothing"), ("optim", "rho"), ("data", "rows")):
+        del recipe[section][key]
+    file.write_text(yaml.safe_dump(recipe))
+    assert [row["step"] for row in tiny("train.steps=5")] == [1, 2, 3, 4, 5]
+    file.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=r"optim\.rho is 0\.9, and the run in .* was begun with 0\.95"):
+        tiny("train.steps=6", "optim.rho=0.9")
+
+
 def test_differences_are_told_by_key() -> None:
     old = {"train": {"steps": 1, "dtype": "fp32"}, "log": {"every": 1}}
     new = {"train": {"steps": 2, "dtype": "bf16"}, "log": {"every": 2}, "model": {"layers": 3}}
