@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -183,6 +184,20 @@ def test_a_table_is_made_from_its_rows() -> None:
     assert "| one | 41 (40, 42) | 1.25 |\n| two | 30.5 | n/a |\n" in made
     assert made.count(figures.NONE) == 1
     assert figures.rewrite(made, [result]) == made
+
+
+def test_every_reference_into_the_source_leads_to_a_definition() -> None:
+    """`path/file.py::Class.method` and `path/test_file.py::test_name`, as pytest writes them."""
+    found = 0
+    for page in PAGES:
+        for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text(encoding="utf-8")):
+            body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+            for part in name.split("."):
+                inner = [node for node in body if getattr(node, "name", None) == part]
+                assert inner, f"{page.name}: {path} has no {name}"
+                body = getattr(inner[0], "body", [])
+            found += 1
+    assert found >= 40
 
 
 def requirement_names(lines: list[str]) -> list[str]:
