@@ -92,6 +92,8 @@ def align_steps(
 ) -> Aligned:
     """The same for few steps, without a gradient: of annotations [B, S, memory], of which only the expected one is
     mapped. The products: [W_a; U_z; U_r] s, U (r * s) and [C_z; C_r; C] c.
+
+    projected, annotations and mask may be those of M sources, where each has B / M rows that stand beside each other.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, s, projected, annotations = x.float(), s.float(), projected.float(), annotations.float()
@@ -121,21 +123,25 @@ def _align(
     [T, B, 2n], r * s and candidates [T, B, n].
     """
     (steps, rows, _), n, size = x.shape, s.shape[-1], len(v)
-    hidden = torch.empty_like(projected)  # [B, S, n'], of one step after another
-    states, alphas = x.new_empty(steps + 1, rows, n), x.new_empty(steps, *mask.shape)
+    sources, length, _ = projected.shape
+    each = rows // max(1, sources)
+    hidden = projected.new_empty(sources, each, length, size)  # of one step after another
+    states, alphas = x.new_empty(steps + 1, rows, n), x.new_empty(steps, rows, length)
     energies, queries = torch.empty_like(alphas), x.new_empty(steps, rows, size)
     zr, reset, new = x.new_empty(steps, rows, 2 * n), x.new_empty(steps, rows, n), x.new_empty(steps, rows, n)
     v = v.float()
     closed = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask, -torch.inf).sub_(v.sum())
+    closed = closed.repeat_interleave(each, dim=0) if each > 1 else closed
     states[0] = s
     for t in range(steps):
         s = states[t]
         of_state = by_state(s)
         torch.mul(of_state[:, :size], 2, out=queries[t])
-        torch.add(queries[t].unsqueeze(1), projected, alpha=2, out=hidden).sigmoid_()  # sigmoid(2 (W_a s + U_a h))
-        torch.add(closed, (hidden.flatten(0, 1) @ v).view(mask.shape), alpha=2, out=energies[t])
+        query = queries[t].view(sources, each, 1, size)
+        torch.add(query, projected.unsqueeze(1), alpha=2, out=hidden).sigmoid_()  # sigmoid(2 (W_a s + U_a h))
+        torch.add(closed, (hidden.flatten(0, 2) @ v).view(rows, length), alpha=2, out=energies[t])
         torch.softmax(energies[t], dim=-1, out=alphas[t])
-        context = torch.bmm(alphas[t].unsqueeze(1), values).squeeze(1)
+        context = torch.bmm(alphas[t].view(sources, each, length), values).flatten(0, 1)
         if by_context is not None:
             context = by_context(context).float()
         context += x[t]  # all that the unit reads

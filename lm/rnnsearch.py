@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lm.additive import AdditiveAttention, Aligned, Alignment, align, align_steps
 from lm.dropout import dropout
 from lm.gated import GatedUnit, scan, together
+from lm.groups import regroup, take
 from lm.linear import Linear, Packed, forget_packed, linear
 from lm.loss import IGNORE, Loss, head_loss
 from lm.rnnsearch_config import RNNSearchConfig
@@ -50,12 +51,16 @@ class DeepOutput(nn.Module):
         return torch.maximum(total[..., 0::2], total[..., 1::2])
 
 
+OF_SOURCES = ("annotations", "projected", "mask")  # what the rows of a source share
+
+
 @dataclass
 class RNNSearchState:
-    """What the decoder knows between steps, a row a sentence.
+    """What the decoder knows between steps: R rows, of M sources.
 
-    annotations [B, S, 2n], projected [B, S, n'] (U_a h_j), mask bool [B, S] (True = a source token), s [B, n], first
-    int64 [B], and `read`, int64 [B]: how many target tokens each row was given. The fixed context is one annotation of
+    annotations [M, S, 2n], projected [M, S, n'] (U_a h_j), mask bool [M, S] (True = a source token), s [R, n], first
+    int64 [R], and `read`, int64 [R]: how many target tokens each row was given. Every source has R / M rows, which
+    stand beside each other: the hypotheses of a beam look at one copy of it. The fixed context is one annotation of
     size n, and projected is empty.
     """
 
@@ -66,20 +71,34 @@ class RNNSearchState:
     first: Tensor
     read: Tensor
 
+    @property
+    def each(self) -> int:
+        """The rows of a source."""
+        return max(1, len(self.s) // max(1, len(self.mask)))
+
     def select(self, index: Tensor) -> RNNSearchState:
         """The rows that `index` int64 [R] names, in its order; a row may be named more than once or not at all."""
-        return RNNSearchState(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        kept, _ = regroup(index, self.each)
+        sources = {name: take(getattr(self, name), kept) for name in OF_SOURCES}
+        return RNNSearchState(**sources, s=self.s[index], first=self.first[index], read=self.read[index])
 
     @staticmethod
     def join(states: Sequence[RNNSearchState]) -> RNNSearchState:
         """The rows of all states, in order, as one state; shorter sources are padded, and padding that no source of
         theirs needs any more is cut off.
         """
+        if len({state.each for state in states}) > 1:
+            states = [state._apart() for state in states]
         longest = max((int(state.mask.sum(dim=1).max()) for state in states if len(state.mask)), default=1)
         padded = [state._padded(longest - state.mask.shape[1]) for state in states]
         return RNNSearchState(
             *(torch.cat([getattr(state, name) for state in padded]) for name in RNNSearchState.__dataclass_fields__)
         )
+
+    def _apart(self) -> RNNSearchState:
+        """A copy of its source for every row."""
+        copies = {name: getattr(self, name).repeat_interleave(self.each, dim=0) for name in OF_SOURCES}
+        return replace(self, **copies)
 
     def _padded(self, cells: int) -> RNNSearchState:
         """With so many cells more; with fewer, where the number is negative."""
@@ -172,6 +191,8 @@ class RNNSearch(nn.Module):
     def decode(self, y: Tensor, s: Tensor, memory: Tensor, projected: Tensor, mask: Tensor) -> tuple[Tensor, Aligned]:
         """y [B, T, m]: the targets' embeddings; s [B, n]: the state before them; memory as `encode` gives it, projected
         and mask as in RNNSearchState -> t [B, T, l] for what follows each target, and the states and alignments.
+
+        Where there are fewer sources than targets, each has as many of them, which stand beside each other.
         """
         unit, dtype, few = (
             self.decoder_unit,
@@ -179,7 +200,9 @@ class RNNSearch(nn.Module):
             not torch.is_grad_enabled() and y.shape[1] < mask.shape[1],
         )
         x = unit.read(y).transpose(0, 1)  # [T, B, 3n]
+        each = len(y) // max(1, len(memory))
         if self.config.fixed_context:
+            memory = memory.repeat_interleave(each, dim=0) if each > 1 else memory
             x = x + self._by_context(memory).transpose(0, 1)
             states = scan(x.unsqueeze(0), s.unsqueeze(0), unit.gates()[None], unit.U[None], dtype)[0]
             weights = s.new_ones(len(states), len(s), 1)
@@ -194,7 +217,9 @@ class RNNSearch(nn.Module):
             else:
                 maps = Alignment(self.attention.W_a, v, unit.gates(), unit.U)
                 did = align(x, s, projected, self._by_context(memory), mask, maps, dtype)
-            context = torch.bmm(did.weights.transpose(0, 1).to(memory.dtype), memory)
+            weights = did.weights.transpose(0, 1).to(memory.dtype)  # [B, T, S]
+            shared = weights.reshape(len(memory), each * y.shape[1], weights.shape[2])
+            context = torch.bmm(shared, memory).view(len(y), y.shape[1], memory.shape[2])
         seen = did.states[:-1] if self.config.readout == "previous" else did.states[1:]
         return self.readout(seen.transpose(0, 1).to(y.dtype), y, context), did
 
@@ -264,7 +289,7 @@ class RNNSearch(nn.Module):
         deep, did = self.decode(y, state.s, state.annotations, state.projected, state.mask)
         if record is not None and not self.config.fixed_context:
             weights, energies = (maps.transpose(0, 1).unsqueeze(1) for maps in (did.weights, did.energies))
-            record.add("cross", 0, weights, energies, keys=state.mask)
+            record.add("cross", 0, weights, energies, keys=state.mask.repeat_interleave(state.each, dim=0))
         return self.logits(deep), replace(state, s=did.states[-1], read=read)
 
     def printed(self, src: Tensor, src_mask: Tensor, tgt_input: Tensor) -> Tensor:

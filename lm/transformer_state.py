@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm.attention import explicit_attention, fused_attention
+from lm.groups import regroup
 from lm.target_cache import TargetCache
 from lm.trace import AttentionTrace
 from lm.transformer_config import TransformerConfig
@@ -113,11 +114,7 @@ class TransformerState:
 
     def select(self, index: Tensor) -> TransformerState:
         """The rows that `index` int64 [R] names, in its order; a row may be named more than once or not at all."""
-        sources = (index // self.each).tolist()
-        kept = list(dict.fromkeys(sources))
-        each = len(sources) // max(1, len(kept))
-        if sources != [source for source in kept for _ in range(each)]:
-            kept, each = sources, 1  # no longer the same number of rows beside each other for each: a copy a row
+        kept, each = regroup(index, self.each)
         memory = self.memory
         if kept != list(range(len(memory.lengths))):
             memory = memory.select(torch.tensor(kept, dtype=torch.int64, device=index.device))
@@ -125,7 +122,7 @@ class TransformerState:
         longest = self.longest if self.even else int(lengths.max()) if len(lengths) else 0
         return TransformerState(
             memory,
-            self.cache.select(index, kept, max(1, each)),
+            self.cache.select(index, kept, each),
             lengths,
             self.first[index],
             self.context,
