@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.bar import bar
 from lm.tokenizer import Tokenizer, TokenizerError, close_sources, train_translator_bpe, train_words
-from train.bar import bar
 from train.config import Recipe, RecipeError
 from train.pair_sources import Pair, PairSource, open_pairs
 from train.pairs import Frame, Pairs

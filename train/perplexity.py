@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from lm import pretrained
+from lm.bar import bar
 from lm.decoder import DecoderLM
 from lm.tokenizer import Tokenizer
-from train.bar import bar
 from train.data import IGNORED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

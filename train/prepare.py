@@ -28,9 +28,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from lm import pretrained
+from lm.bar import bar
 from lm.tokenizer import END_OF_TEXT_CHARACTER, Tokenizer, TokenizerError, train_bpe, train_characters
 from train import shards
-from train.bar import bar
 from train.config import Recipe, RecipeError
 from train.data import Tokens
 from train.schema import show
