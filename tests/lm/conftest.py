@@ -162,3 +162,9 @@ def translator_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def translator_named() -> Callable[[str], Any]:
+    """translator_named(kind) -> the translator of that kind, made once; a test must not change it."""
+    return translator

@@ -210,6 +210,25 @@ def test_the_bar_is_on_the_terminal_and_the_translations_in_the_file(translator_
     assert len((tmp_path / "out").read_bytes().split(b"\n")) == 32
 
 
+def test_lines_that_are_typed_are_answered_one_by_one(translator_folder: Folder) -> None:
+    if sys.platform == "win32":
+        pytest.skip("no pseudo-terminals")
+    leader, follower = os.openpty()
+    words = [sys.executable, "-m", "lm", "translate", str(translator_folder("transformer")), "--max-tokens", "5"]
+    process = subprocess.Popen(words, cwd=ROOT, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.close(follower)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in (b"to be\n", b"\n", b"or not\n"):
+        os.write(leader, line)
+        assert process.stdout.readline().endswith(b"\n")  # before anything more is typed
+    os.write(leader, b"\x04")  # Ctrl-D, the end
+    assert (process.stdout.read(), process.stderr.read(), process.wait(60)) == (b"", b"", 0)
+    process.stdout.close()
+    process.stderr.close()
+    os.close(leader)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
