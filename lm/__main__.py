@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+# Before torch is imported: a thread that waits for another spins for some microseconds and then sleeps. By default it
+# spins far longer, and where another program wants a core, decoding's many small operations take several times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Each module has main(argv) -> exit status.
 VERBS = {
