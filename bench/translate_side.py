@@ -164,6 +164,47 @@ def ctranslate2(folder: Path, threads: int) -> tuple[str, Translate]:
     return f"CTranslate2 {library.__version__}", translate
 
 
+def products(folder: Path, threads: int) -> tuple[str, Translate]:
+    """Not a translator: only the matrix products that one of this shape cannot do without, as fast as oneDNN does them.
+
+    The encoder's over the real source tokens, cross-attention's keys and values once a source, and for every token and
+    hypothesis the decoder's. What this takes, nobody undercuts in float32 on this machine.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width, inner, vocabulary = config["width"], config["mlp_width"], config["vocab_size"]
+    feed_forward = [(inner, width), (width, inner)]
+    encoder = [(3 * width, width), (width, width), *feed_forward]
+    decoder = [(3 * width, width), (width, width), (width, width), (width, width), *feed_forward]
+    # Each layer has weights of its own: they come from memory as they do in a translator.
+    read_source = [torch.randn(shape) for _ in range(config["encoder_layers"]) for shape in encoder]
+    read_source += [torch.randn(2 * width, width) for _ in range(config["decoder_layers"])]
+    write_token = [torch.randn(shape) for _ in range(config["decoder_layers"]) for shape in decoder]
+    write_token.append(torch.randn(vocabulary, width))
+    ready: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
+
+    def multiply(weights: list[Any], rows: int) -> None:
+        if (id(weights), rows) not in ready:
+            inputs = {size: torch.randn(rows, size) for size in {weight.shape[1] for weight in weights}}
+            ready[id(weights), rows] = [
+                (inputs[weight.shape[1]], torch.ops.mkldnn._reorder_linear_weight(weight, rows)) for weight in weights
+            ]
+        for x, weight in ready[id(weights), rows]:
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
+        with torch.inference_mode():
+            multiply(read_source, sum(map(len, sources)))
+            multiply(write_token, len(sources))
+            for _ in range(tokens - 1):
+                multiply(write_token, len(sources) * beam)
+        return [[0] * tokens for _ in sources]
+
+    return "matrix products alone", translate
+
+
 def read(folder: Path, load_file: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The folder's config, and its weights by the names that the modules have."""
     weights = load_file(folder / "model.safetensors")
@@ -181,7 +222,8 @@ def sinusoids(length: int, width: int) -> list[list[float]]:
 
 def main() -> None:
     side, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    version, translate = {"heed": heed, "transformers": transformers, "CTranslate2": ctranslate2}[side](folder, threads)
+    sides = {"heed": heed, "transformers": transformers, "CTranslate2": ctranslate2, "products alone": products}
+    version, translate = sides[side](folder, threads)
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -7,7 +7,8 @@ A Transformer of the paper's base shape with a joint vocabulary of 32,000 and ra
 tokens in one batch, beam 4, exactly 25 tokens decoded for each, float32, two threads. Each side is a process of its own
 with its model loaded; they take turns. transformers generates with the same weights as a MarianMT, CTranslate2
 translates with them converted (its TransformerSpec is post-norm where it is told so). Before anything is timed, all
-three must give the same greedy output.
+three must give the same greedy output. A fourth process does nothing but the matrix products that all three share: the
+limit of any of them.
 
 CTranslate2 is no dependency of the project: it is installed into .cache/bench/ctranslate2, an environment of its own,
 from bench/translate_requirements.txt.
@@ -29,6 +30,7 @@ from typing import Any
 from bench.record import ROOT, WORK, save, timed
 
 SIDES = ("heed", "transformers", "CTranslate2")
+LIMIT = "products alone"
 PAD, BEGIN, END = 0, 1, 2
 BASE = {"vocab_size": 32000, "context": 128, "start_id": BEGIN}
 TINY = {"vocab_size": 500, "width": 64, "heads": 4, "mlp_width": 128, "encoder_layers": 2, "decoder_layers": 2}
@@ -80,8 +82,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
     options = parser.parse_args()
     folder = _model(BASE | TINY if quick else BASE)
-    pythons = dict.fromkeys(SIDES, sys.executable) | {"CTranslate2": str(_environment())}
-    sides = [Side(name, pythons[name], folder, options.threads) for name in SIDES]
+    pythons = dict.fromkeys((*SIDES, LIMIT), sys.executable) | {"CTranslate2": str(_environment())}
+    everyone = [Side(name, python, folder, options.threads) for name, python in pythons.items()]
+    sides = [side for side in everyone if side.name != LIMIT]
     draw = random.Random(0)
     words = range(3, (BASE | TINY if quick else BASE)["vocab_size"])
     batches = [
@@ -92,18 +95,18 @@ def main() -> None:
     if greedy.count(greedy[0]) != len(sides):
         sys.exit("The three sides do not give the same greedy output: this would compare different models.")
     same = {side.name: 0 for side in sides}
-    samples: dict[str, list[float]] = {side.name: [] for side in sides}
+    samples: dict[str, list[float]] = {side.name: [] for side in everyone}
     for batch in batches:  # warm
-        outputs = {side.name: side.translate(batch, options.beam, options.tokens)[1] for side in sides}
-        for name, found in outputs.items():
-            same[name] += sum(a == b for a, b in zip(found, outputs["heed"], strict=True))
+        outputs = {side.name: side.translate(batch, options.beam, options.tokens)[1] for side in everyone}
+        for name in same:
+            same[name] += sum(a == b for a, b in zip(outputs[name], outputs["heed"], strict=True))
     decoded = options.sentences * options.tokens * len(batches)
     for _ in range(options.rounds):
-        for side in sides:
+        for side in everyone:
             seconds = sum(side.translate(batch, options.beam, options.tokens)[0] for batch in batches)
             samples[side.name].append(decoded / seconds)
         print("; ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in samples.items()), flush=True)
-    for side in sides:
+    for side in everyone:
         side.process.stdin.close()  # type: ignore[union-attr]
         side.process.wait()
     middle = {name: statistics.median(values) for name, values in samples.items()}
@@ -115,7 +118,7 @@ def main() -> None:
         {name: {"samples": values, "unit": "target tokens/s"} for name, values in samples.items()},
         middle["heed"] / middle["transformers"],
         statistic="median",
-        ratios={name: middle["heed"] / middle[name] for name in SIDES[1:]},
+        ratios={name: middle["heed"] / middle[name] for name in (*SIDES[1:], LIMIT)},
         note=f"The same best output as ours, of {options.sentences * len(batches)}: {equal}.",
     )
 
