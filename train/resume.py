@@ -19,10 +19,14 @@ from train.launch import Launch
 from train.live import Live
 from train.schema import key_of, show
 
-# What may differ when a run is continued: none of it changes what the steps before would have computed.
+# What may differ when a run is continued. But for the length, on which a schedule that decays depends, none of it
+# changes what the steps before would have computed. Folders may have been moved, or be spelled otherwise: what is in
+# them counts, and of the prepared text its fingerprint.
 MAY_CHANGE = (
+    "run.dir",
     "run.resume",
     "run.license",
+    "data.cache",
     "train.steps",
     "train.tokens",
     "train.micro_batch",
