@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -17,6 +17,8 @@ from lm.linear import bf16_is_fast
 from train import preflight
 from train.config import Recipe, RecipeError, check_launch
 from train.watch import Watch, lost_peer
+
+Made = TypeVar("Made")
 
 
 class Abandoned(Exception):
@@ -58,9 +60,26 @@ class Launch:
         if self.any(self.stopping()):
             raise Abandoned
 
-    def wait(self) -> None:
-        self.watch.arrive()
-        self.accelerator.wait_for_everyone()
+    def alone(self, work: Callable[[Callable[[], None]], Made]) -> Made | None:
+        """What `work(check)` makes on the main rank, while the others wait; None on these. Every rank calls it.
+
+        work calls `check()` between its parts, however many they are. Raises Abandoned, on every rank, there or at the
+        end, if any of them has been asked to stop.
+        """
+        if self.main:
+            made = work(lambda: self._part(False))
+            self._part(True)
+            return made
+        while not self._part(False):
+            pass
+        return None
+
+    def _part(self, last: bool) -> bool:
+        """A part of the main rank's work alone is done; whether it was the last, which the main rank says."""
+        stop, ended = self.sum([self.stopping(), last])
+        if stop:
+            raise Abandoned
+        return ended > 0
 
     def agree(self, name: str, **facts: Any) -> None:
         """Refuse to go on where a rank has found another fact than rank 0, in what is called `name`. Every rank calls

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from train.pairs import Frame, PairBatches, Pairs, in_order
 from train.task import Found
 
 EVALUATED = 1 << 12  # tokens a side of a batch that is scored
+TRANSLATED = 1 << 11  # source tokens, for each hypothesis, that are translated between two looks at what was asked
 SHOWN = 8  # samples
 PICTURED = 25  # words of a source whose attention is drawn, at most: a picture with more is hard to read
 
@@ -92,20 +94,28 @@ class TranslationTask:
         loss = held_out_loss(model, self.frame, held, fits(held, self.recipe, longest=False), here)
         row: dict[str, Any] = {"validation_loss": loss, "validation_perplexity": float(np.exp(min(loss, 700.0)))}
         says = f"held-out loss {loss:.4f}, perplexity {row['validation_perplexity']:.3f}"
-        if self.recipe.eval.bleu is not None and here.main:
-            found = self._translate(model)
+        found = here.alone(partial(self._translate, model)) if self.recipe.eval.bleu is not None else None
+        if found is not None:
             row |= found
             says += f", BLEU {found['validation_bleu']:.2f}, chrF {found['validation_chrf']:.2f}"
             says += f", {found['validation_exact']:.1%} exact"
-        here.wait()  # for the one that translates
         return Found(loss, row, says)
 
-    def _translate(self, model: nn.Module) -> dict[str, Any]:
-        """BLEU of the first eval.bleu held-out pairs, greedy or by beam search as the recipe says."""
+    def _translate(self, model: nn.Module, check: Callable[[], None]) -> dict[str, Any]:
+        """BLEU of the first eval.bleu held-out pairs, greedy or by beam search as the recipe says; `check` is called
+        after each batch of them."""
         ask = self.recipe.eval
         pairs = self.data.held[: ask.bleu]
         sources, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        found = translate(model, self.tokenizer, sources, beam=ask.beam, length_penalty=ask.length_penalty)
+        found = translate(
+            model,
+            self.tokenizer,
+            sources,
+            beam=ask.beam,
+            length_penalty=ask.length_penalty,
+            batch_tokens=TRANSLATED,
+            progress=lambda done: check(),
+        )
         outputs = [translation.text for translation in found]
         self.shown = list(islice(zip(sources, outputs, references, strict=True), SHOWN))
         scores = bleu.score(outputs, references, tokenize=ask.bleu_tokenize, lowercase=ask.lowercase)

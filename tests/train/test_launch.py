@@ -47,7 +47,7 @@ def test_sums_and_flags_of_one_rank_are_its_own(start) -> None:
     assert here.sum([1, 2.5, torch.tensor(3.0)]) == [1.0, 2.5, 3.0]
     assert here.any(True)
     assert not here.any(False)
-    here.wait()
+    here.check()
 
 
 def test_processes_that_do_not_know_each_other_are_refused(start, monkeypatch: pytest.MonkeyPatch) -> None:

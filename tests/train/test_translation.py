@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from lm import translate
+from train import translation
+from train.checkpoint import checkpoints, read_progress
 from train.config import Recipe, load
 from train.metrics import read
 from train.pair_prepare import prepare_pairs
@@ -58,14 +62,14 @@ def run(recipe: Callable[..., Recipe]) -> Iterator[Callable[..., list[dict[str, 
     """Trains in this process; the rows of metrics.jsonl."""
     threads = torch.get_num_threads()
 
-    def ran(kind: str, *overrides: str, name: str = "run") -> list[dict[str, Any]]:
+    def ran(kind: str, *overrides: str, name: str = "run", status: int = 0) -> list[dict[str, Any]]:
         from accelerate.state import AcceleratorState
 
         from train import loop
 
         AcceleratorState._reset_state(reset_partial_state=True)
         asked = recipe(kind, *overrides, name=name)
-        assert loop.run(asked) == 0
+        assert loop.run(asked) == status
         return read(Path(asked.run.dir) / "metrics.jsonl")
 
     yield ran
@@ -110,6 +114,32 @@ def test_a_run_continues_exactly(kind: str, run: Callable[..., list[dict[str, An
     assert losses(parts) == losses(whole)
     held = [row["validation_loss"] for row in whole if "validation_loss" in row]
     assert [row["validation_loss"] for row in parts if "validation_loss" in row][-1] == held[-1]
+
+
+def test_a_stop_while_it_translates_gives_the_evaluation_up_and_it_is_made_first(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("transformer", name="whole")
+    with monkeypatch.context() as patch:
+        search, batches = translate.beam_search, []
+
+        def signalled(*arguments: Any) -> Any:
+            batches.append(1)
+            if len(batches) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return search(*arguments)
+
+        patch.setattr(translate, "beam_search", signalled)
+        patch.setattr(translation, "TRANSLATED", 1)  # a source is a batch
+        run("transformer", status=143)
+    assert len(batches) == 2  # of ten
+    (newest,) = checkpoints(tmp_path / "run")
+    assert (read_progress(newest).step, read_progress(newest).evaluated) == (6, 0)
+    rows = run("transformer")
+    assert losses(rows) == losses(whole)
+    held = [[row["validation_bleu"] for row in each if "validation_bleu" in row] for each in (rows, whole)]
+    assert held[0] == held[1]
+    assert len(held[0]) == 2
 
 
 @pytest.mark.parametrize("kind", ["transformer", "rnnsearch"])
