@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Progress:
     evaluated: int = 0  # the step of the newest evaluation
     data: str | None = None  # the fingerprint of the tokens it trains on
     guard: dict[str, Any] = field(default_factory=dict)  # train.guard.Guard's state
-    window: dict[str, Any] = field(default_factory=dict)  # train.loop.Window's: what the next log row has summed so far
+    window: dict[str, Any] = field(default_factory=dict)  # train.window.Window's: what the next row has summed
 
 
 @dataclass
@@ -144,8 +145,7 @@ def write(
             tensorfile.sync(file)
         if not good():
             return False
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        _rename(aside, final)
         tensorfile.sync(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -172,8 +172,15 @@ def retire(run_dir: Path, keep: int) -> None:
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what was being written when a process was killed."""
-    for stale in (run_dir / "checkpoints").glob(".step-*.writing-*"):
+    """Remove what was being written when a process was killed, or is still, by another thread of one that ends now.
+
+    Renamed first: that thread then finds nothing that it could give its name to, half removed.
+    """
+    there = run_dir / "checkpoints"
+    for stale in there.glob(".step-*.writing-*"):
+        with suppress(OSError):
+            stale.rename(stale.with_name(stale.name.replace("writing", "removing")))
+    for stale in there.glob(".step-*.removing-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -182,6 +189,22 @@ def set_aside(folder: Path) -> None:
     target = folder.with_name(DAMAGED + folder.name)
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
+
+
+def _rename(aside: Path, final: Path) -> None:
+    """Give a checkpoint its name. One of this name, which the run was continued from, steps aside and is not removed
+    before: between the two renames there is nothing to wait for. Raises OSError; then the old one is back."""
+    old = final.with_name(f".{final.name}.removing-{os.getpid()}")
+    replaces = final.exists()
+    if replaces:
+        final.rename(old)
+    try:
+        aside.rename(final)
+    except OSError:
+        if replaces:
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_ephemeral(folder: Path) -> bool:

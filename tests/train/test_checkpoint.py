@@ -110,6 +110,38 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert checkpoint.read_progress(folder).tokens == 2
 
 
+def test_one_that_cannot_be_replaced_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10, tokens=1)
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if ".writing-" in path.name:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, 10, tokens=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
+    assert checkpoint.read_progress(tmp_path / "checkpoints" / "step-10").tokens == 1
+
+
+def test_what_is_cleaned_away_while_it_is_written_gets_no_name(tmp_path: Path) -> None:
+    """As by a second Ctrl-C, in the moment before the name."""
+    write(tmp_path, 10, keep=1)
+    model, optimizer = build()
+    taken = checkpoint.snapshot(model, optimizer, Progress(step=20), main=True)
+    assert taken is not None
+
+    def cleaned() -> bool:
+        checkpoint.clean(tmp_path)
+        return True
+
+    with pytest.raises(FileNotFoundError):
+        checkpoint.write(tmp_path, taken, keep=1, good=cleaned)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
+
+
 def test_an_ephemeral_one_stays_until_there_is_a_newer_one(tmp_path: Path) -> None:
     model, optimizer = build()
 
