@@ -11,14 +11,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, verify
+
+
+def whole(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Those of the checkpoints that are what was written, and a sentence for each of the others."""
+    found, problems = [], []
+    for folder in folders:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            found.append(folder)
+    return found, problems
 
 
 def average(folders: Sequence[Path]) -> dict[str, Tensor]:
     """The mean of the parameters in checkpoint folders, name by name, each in its own dtype; summed in float64, one
     checkpoint in memory at a time. Raises CheckpointError, a sentence, for one that cannot be read or is of another
-    model.
+    model, and where there is none.
     """
+    if not folders:
+        raise CheckpointError("there is no checkpoint to average")
     sums: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for folder in folders:

@@ -84,15 +84,15 @@ class Trainer:
 
     def train(self) -> int:
         recipe, here, progress = self.recipe, self.here, self.progress
-        # Killed between its last checkpoint and its folder, a run has all its steps and yet no model.
-        if progress.step >= self.steps and not here.any(here.main and not (self.run_dir / "model-last").is_dir()):
+        if progress.step >= self.steps and not here.any(here.main and not self._has_its_folder()):
             if here.main:
                 print(
                     f"{self.run_dir} is finished: {progress.step} steps are done. Its model: {self.run_dir / 'model'}"
                 )
             return 0
         self._open()
-        self.signals.at_once = lambda: checkpoint.clean(self.run_dir)
+        if here.main:
+            self.signals.at_once = lambda: checkpoint.clean(self.run_dir)
         self.tracker = Tracker.start(recipe, self.run_dir, self.task.fingerprint, main=here.main)
         self.say = Say(here.main, self.steps, progress.step)
         status = 1
@@ -103,10 +103,19 @@ class Trainer:
         finally:
             self.keeper.close()
             self.say.close()
-            self.tracker.finish(0 if progress.step < self.steps and status == self.signals.status else status)
+            self.tracker.finish(0 if status == self.signals.status else status)  # stopped is not failed
             if self.metrics is not None:
                 self.metrics.close()
         return status
+
+    def _has_its_folder(self) -> bool:
+        """Whether a run that has all its steps has their model too. Killed between its last checkpoint and its folder
+        it has none or, if it was once shorter, an older one."""
+        try:
+            written = (self.run_dir / "model-last" / "config.json").stat().st_mtime_ns
+            return written >= (checkpoint.folder(self.run_dir, self.progress.step) / "state.json").stat().st_mtime_ns
+        except OSError:
+            return False
 
     def _open(self) -> None:
         """The files of the run's folder. Raises RecipeError, on every rank, where it cannot be written."""
@@ -130,11 +139,12 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe, progress = self.recipe, self.progress
+        self.model.train()
+        if self._evaluation_is_due() and not self._evaluate():  # the run was stopped in it, and is again
+            return
         began, first = time.perf_counter(), progress.step
         before = progress.seconds
-        self.model.train()
-        if self._evaluation_is_due():  # the run was stopped in it
-            self._evaluate()
+        self.window.began = began
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(self._batch, progress.step)
             while progress.step < self.steps:
@@ -153,9 +163,7 @@ class Trainer:
                     self._log(self.window, now, left)
                     self.window = Window()
                 self.say.step(progress.step)
-                if self._evaluation_is_due() and not self._evaluate():
-                    return
-                if self.stop:
+                if self.stop or (self._evaluation_is_due() and not self._evaluate()):
                     return
                 if progress.step < self.steps:
                     self.keeper.after_update(self.due, healthy=self.guard.streak == 0)
@@ -306,7 +314,7 @@ class Trainer:
         every, step = self.recipe.eval.every, self.progress.step
         if every is None or step == 0 or self.progress.evaluated == step:
             return False
-        return step % every == 0 or step == self.steps
+        return step % every == 0 or step >= self.steps
 
     def _evaluate(self) -> bool:
         """Held-out loss, and the folder of the best model. False: given up, because a rank is asked to stop; the run
@@ -322,13 +330,14 @@ class Trainer:
             self.model.train()
         if found is not None:
             self._record({"step": progress.step, "tokens": progress.tokens, **found.row})
-            best = progress.best_loss is None or found.loss < progress.best_loss
+            # What is not a number is no best: nothing would ever be below it.
+            best = math.isfinite(found.loss) and (progress.best_loss is None or found.loss < progress.best_loss)
             self.say.sentence(f"step {progress.step}: {found.says}" + (", the best so far" if best else ""))
             if best and (why := self._save_folder(self.run_dir / "model")) is not None:
                 self.say.sentence(f"step {progress.step}: its folder could not be written ({why}); the run goes on.")
             elif best:
                 progress.best_loss, progress.best_step = found.loss, progress.step
-        if here.main and not here.fsdp2:
+        if here.main and not here.fsdp2 and not here.stopping():
             self._show_samples()
         self._draw()
         progress.evaluated = progress.step
@@ -369,7 +378,10 @@ class Trainer:
         assert self.recipe.checkpoint.average is not None
         progress, here, parameters = self.progress, self.here, dict(self.bare.named_parameters())
         here.watch.at("the average of the last checkpoints")
-        folders = checkpoint.lasting(self.run_dir)[: self.recipe.checkpoint.average]
+        folders, problems = average.whole(checkpoint.lasting(self.run_dir))
+        folders = folders[: self.recipe.checkpoint.average]
+        for problem in problems:
+            self.say.sentence(f"{problem} It is left out of the average.")
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
             checkpoint.put(average.average(folders), parameters)
@@ -392,7 +404,7 @@ class Trainer:
     def _finish(self) -> int:
         """The last checkpoint, and after the last step the model's folder. Returns the exit status."""
         progress = self.progress
-        ended = progress.step == self.steps
+        ended = progress.step >= self.steps  # beyond, where a later command has asked for fewer
         why = self.keeper.save(ephemeral=not ended)
         if why is not None:
             self.say.sentence(

@@ -54,7 +54,7 @@ class Signals:
         return 128 + (self.number or signal.SIGTERM)
 
     def training(self) -> None:
-        """From now on a signal asks, and does not end: whoever handled it meanwhile (train/watch.py) gives it back."""
+        """From now on a signal asks, and does not end; also where a library has put a handler of its own meanwhile."""
         if self._preparing:
             self._preparing = False
             for number in self._before:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train.average import average
-from train.checkpoint import CheckpointError
+from train.average import average, whole
+from train.checkpoint import CheckpointError, Progress, lasting, save
 
 
 def folders(root: Path, *weights: dict[str, torch.Tensor]) -> list[Path]:
@@ -44,6 +44,19 @@ def test_one_is_itself(tmp_path: Path) -> None:
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in weights.items()
     )
+
+
+def test_a_damaged_checkpoint_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    model, optimizer = torch.nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)])
+    for step in (1, 2, 3):
+        save(tmp_path, model, optimizer, Progress(step=step), keep=3, main=True)
+    damaged = tmp_path / "checkpoints" / "step-2"
+    (damaged / "model.safetensors").write_bytes(b"x")
+    found, (problem,) = whole(lasting(tmp_path))
+    assert [folder.name for folder in found] == ["step-3", "step-1"]
+    assert problem.startswith(f"{damaged} cannot be read (model.safetensors has 1 bytes")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        average([])
 
 
 def test_another_model_or_a_broken_file_is_a_sentence(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from train.checkpoint import checkpoints
 from train.config import RecipeError
 from train.guard import Diverged
 from train.keeper import Keeper
+from train.language import LanguageTask
 from train.metrics import read
 from train.signals import Interrupted
+from train.task import Found
 
 Losses = Callable[..., list[float]]
 ALWAYS = "checkpoint.every=1"
@@ -230,6 +233,23 @@ def test_a_stop_in_an_evaluation_gives_it_up_and_it_is_made_first(
     assert [row["step"] for row in rows] == [row["step"] for row in whole]
     assert figures(rows) == figures(whole)
     assert figures(rows, "validation_loss") == figures(whole, "validation_loss")
+
+
+def test_one_evaluation_that_is_no_number_is_not_the_best_for_ever(
+    tiny, figures: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, calls = LanguageTask.evaluate, []
+
+    def found(self: LanguageTask, *arguments: Any) -> Found | None:
+        calls.append(1)
+        made = evaluate(self, *arguments)
+        return made if len(calls) > 1 or made is None else replace(made, loss=math.nan)
+
+    monkeypatch.setattr(LanguageTask, "evaluate", found)
+    rows = tiny("eval.every=6")
+    progress = checkpoint.read_progress(checkpoints(tiny.folder / "run")[0])
+    assert (progress.best_step, progress.best_loss) == (12, figures(rows, "validation_loss")[-1])
+    assert (tiny.folder / "run" / "model").is_dir()
 
 
 def test_a_stop_before_the_first_update_ends_at_once(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

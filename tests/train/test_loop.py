@@ -304,10 +304,7 @@ def test_every_checkpoint_is_a_place_to_go_on_from(tiny, figures: Losses) -> Non
     whole = tiny(*options, name="whole")
     for step in (3, 6, 9):
         run = tiny.folder / f"from-{step}"
-        shutil.copytree(tiny.folder / "whole", run)
-        (run / "config.yaml").write_text(
-            (run / "config.yaml").read_text().replace(str(tiny.folder / "whole"), str(run))
-        )
+        shutil.copytree(tiny.folder / "whole", run)  # a moved run goes on too: its old name is no key that counts
         for path in checkpoint.checkpoints(run):
             if int(path.name.removeprefix("step-")) > step:
                 shutil.rmtree(path)
@@ -321,6 +318,29 @@ def test_a_longer_run_continues_a_finished_one(tiny, figures: Losses) -> None:
     rows = tiny("schedule.kind=constant", "train.steps=12")
     assert figures(rows)[:8] == first
     assert figures(rows) == figures(tiny("schedule.kind=constant", name="whole"))
+
+
+def test_a_longer_run_killed_before_its_folder_gets_its_own_and_not_the_shorter_ones(tiny) -> None:
+    options = ["schedule.kind=constant", "data.validation=null"]
+    run = tiny.folder / "run"
+    tiny(*options, "train.steps=8")
+    shutil.copytree(run / "model-last", tiny.folder / "shorter")
+    tiny(*options)
+    kept = pretrained.load(run / "model-last").state_dict()
+    shutil.rmtree(run / "model-last")
+    shutil.move(tiny.folder / "shorter", run / "model-last")
+    tiny(*options)
+    again = pretrained.load(run / "model-last").state_dict()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_a_run_beyond_the_steps_that_are_asked_for_gets_its_folder(tiny, capsys: pytest.CaptureFixture) -> None:
+    tiny("train.steps=8", "eval.every=4")
+    shutil.rmtree(tiny.folder / "run" / "model-last")
+    tiny("train.steps=6", "eval.every=4")
+    assert "Stopped" not in capsys.readouterr().out
+    assert (tiny.folder / "run" / "model-last").is_dir()
+    assert [path.name for path in checkpoint.checkpoints(tiny.folder / "run")] == ["step-8", "step-4"]
 
 
 def test_what_changes_no_past_step_may_change(tiny, figures: Losses) -> None:
