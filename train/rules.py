@@ -49,6 +49,9 @@ def check(v: Mapping[str, Any], bad: set[str], problems: list[str], shape: Any) 
             problems.append(f'{key} is ""; it must name a folder.')
     if known("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.folder"):
         problems.extend(_tokenizer(v, pairs or shape.architecture != "decoder"))
+    recompute = "train.activation_checkpointing"
+    if known(recompute) and v[recompute] and shape.architecture == "rnnsearch":
+        problems.append(f"{recompute} is true; rnnsearch has no layers to compute a second time: it must be false.")
     if known("schedule.kind", "schedule.warmup") and v["schedule.kind"] == "inverse_sqrt" and not v["schedule.warmup"]:
         problems.append("schedule.warmup is 0; schedule.kind=inverse_sqrt needs a warm-up, such as 4000.")
     if known("checkpoint.keep", "checkpoint.average") and v["checkpoint.average"] is not None:

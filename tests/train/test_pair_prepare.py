@@ -145,6 +145,10 @@ REFUSED = [
     (["data.synthetic=copy", "model.heads=7"], "model.heads is 7; it must divide width 512"),
     (["data.synthetic=copy", "model.norm=rms"], "model.norm is 'rms'; it must be one of post, pre."),
     (["data.synthetic=copy", "model.architecture=lstm"], "it must be one of decoder, transformer, rnnsearch."),
+    (
+        ["data.synthetic=copy", "model.architecture=rnnsearch", "train.activation_checkpointing=true"],
+        "train.activation_checkpointing is true; rnnsearch has no layers",
+    ),
     (["data.source=${HEED_NOT_SET}/a", "data.target=/dev/null"], "the environment variable HEED_NOT_SET is not set"),
     (["data.pairs=nowhere.tsv"], "data.pairs is \"nowhere.tsv\", and there is no such file."),
     (["data.synthetic=copy", "data.rows=1", "data.validation=0.5"], "nothing is left to train on"),
