@@ -44,7 +44,7 @@ TRIALS = 200  # sequences that are reversed to see how many come out right
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--once", action="store_true", help="end after the pictures instead of serving on")
+    parser.add_argument("--once", action="store_true", help="end after one completion of each instead of serving on")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to both recipes: train.steps=100 ..."
     )
@@ -84,7 +84,7 @@ def _demo(options: argparse.Namespace, children: list[subprocess.Popen]) -> None
     pictures = {}
     for name, folder in folders.items():
         heading(f"{name} reverses")
-        print(f"$ echo {shlex.quote(sentence)} | python -m lm translate {shown(folder)}")
+        print(f"$ echo {shlex.quote(sentence)} | python -m lm translate {shown(folder)} --beam 1")
         outputs = translate(folder, [sentence, *sequences])
         print(outputs[0])
         right = sum(output == _reversed(text) for text, output in zip(sequences, outputs[1:], strict=True))
