@@ -66,11 +66,15 @@ class Launch:
         work calls `check()` between its parts, however many they are. Raises Abandoned, on every rank, there or at the
         end, if any of them has been asked to stop.
         """
+
+        def check() -> None:
+            self._part(last=False)
+
         if self.main:
-            made = work(lambda: self._part(False))
-            self._part(True)
+            made = work(check)
+            self._part(last=True)
             return made
-        while not self._part(False):
+        while not self._part(last=False):
             pass
         return None
 
