@@ -1,4 +1,4 @@
-"""`python -m train evaluate FOLDER --text FILE`: how well a model folder predicts a text (train/judge.py has pairs).
+"""`python -m train evaluate FOLDER --text FILE`: how well a model folder predicts a text (pair_evaluate.py has pairs).
 
 The text is cut into windows as transformers' users cut it, so that the figures are theirs. A window holds `context`
 tokens and begins `stride` tokens after the one before it; what a window scores are its tokens that no window before it
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 with one sentence for what cannot be as asked."""
     given = sys.argv[1:] if argv is None else argv
     if any(word.startswith(("--source", "--target")) for word in given):
-        from train import judge
+        from train import pair_evaluate
 
-        return judge.main(given)
+        return pair_evaluate.main(given)
     options = parser().parse_args(argv)
     try:
         print("\n".join(report(options)))
