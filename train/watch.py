@@ -203,7 +203,7 @@ class Watch:
         waited = now - self._answered
         if waited > self.silence or (self._broken and waited > NOTICE * BEAT):
             return self._first_node_is_lost()
-        awake = {rank: beat for rank, beat in self._beats.items() if not beat["done"] and rank != self.place.rank}
+        awake = {rank: beat for rank, beat in self._heard() if rank != self.place.rank}
         silent = [rank for rank in awake if now - self._changed[rank] > self.silence]
         if silent and waited < 2 * BEAT:
             return (
@@ -214,6 +214,10 @@ class Watch:
             return self._hanging(now)
         return None
 
+    def _heard(self) -> list[tuple[int, dict[str, object]]]:
+        """The newest beat of each rank that has not ended. A list at once: the other thread may add one meanwhile."""
+        return [(rank, beat) for rank, beat in list(self._beats.items()) if not beat["done"]]
+
     def _first_node_is_lost(self) -> str:
         return (
             f"node 0, whose launcher keeps the ranks together at {self.place.address}, has not answered for "
@@ -222,11 +226,11 @@ class Watch:
 
     def _hanging(self, now: float) -> str | None:
         """Who keeps the others waiting. Before all have begun to train they prepare, each at its own pace."""
-        came = {rank: int(str(beat["came"])) for rank, beat in self._beats.items() if not beat["done"]}
+        came = {rank: int(str(beat["came"])) for rank, beat in self._heard()}
         if len(came) < 2 or min(came.values()) == 0:
             return None
         behind = [rank for rank, count in came.items() if count < max(came.values())]
-        if not behind or now - max(self._moved.values()) < self.patience:
+        if not behind or now - max(list(self._moved.values())) < self.patience:
             return None
         return (
             f"{self._name(behind)} has not gone on from {self._beats[behind[0]]['at']} for {self.patience:.0f} s, and "

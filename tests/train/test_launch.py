@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +51,39 @@ def test_sums_and_flags_of_one_rank_are_its_own(start) -> None:
     assert here.any(True)
     assert not here.any(False)
     here.check()
+
+
+@pytest.mark.parametrize("asked", [None, 0, 2], ids=["nobody", "the main rank", "another"])
+def test_what_one_rank_makes_alone_all_give_up_together(asked: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, as threads; the one that is asked is so after the second of five parts."""
+    given, parts = Barrier(3), [0]
+    values: dict[int, list[float]] = {}
+
+    def exchange(self: launch.Launch, mine: list[float]) -> list[float]:
+        values[self.rank] = [float(value) for value in mine]
+        given.wait()
+        total = [sum(column) for column in zip(*values.values(), strict=True)]
+        given.wait()
+        return total
+
+    def work(check: Callable[[], None]) -> str:
+        for parts[0] in range(1, 6):
+            check()
+        return "made"
+
+    def run(rank: int) -> str | None:
+        here = launch.Launch(None, rank, 3, torch.device("cpu"), False)  # type: ignore[arg-type]
+        here.stopping = lambda: rank == asked and parts[0] >= 2
+        try:
+            return here.alone(work)
+        except launch.Abandoned:
+            return "given up"
+
+    monkeypatch.setattr(launch.Launch, "sum", exchange)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3)))
+    assert found == (["made", None, None] if asked is None else ["given up"] * 3)
+    assert parts[0] <= (5 if asked is None else 3)
 
 
 def test_processes_that_do_not_know_each_other_are_refused(start, monkeypatch: pytest.MonkeyPatch) -> None:

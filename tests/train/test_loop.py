@@ -347,6 +347,7 @@ def test_what_changes_no_past_step_may_change(tiny, figures: Losses) -> None:
     tiny("train.steps=6", "schedule.kind=constant")
     rows = tiny(
         "train.tokens=864",
+        f"data.cache={tiny.folder / 'elsewhere'}",
         "schedule.kind=constant",
         "train.micro_batch=2",
         "eval.every=4",
