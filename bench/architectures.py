@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.multi30k import RECIPES, Case, bleu, data, lines, train, translate
+from bench.multi30k import RECIPES, Case, bleu, data, judged_loss, lines, train, translate
 from bench.record import ROOT, WORK, save_table, timed, train_command
 
 SOURCE, TARGET = "de", "en"
@@ -102,7 +102,7 @@ def judge(case: Case, files: dict[str, Path]) -> dict[str, Any]:
         "parameters": read_config(run_dir / "model").parameters()["total"],
         "BLEU greedy": bleu(translate(run_dir / "model", source, 1, 0.0), target),
         f"BLEU beam {BEAM}": bleu(translate(run_dir / "model", source, BEAM, ALPHA), target),
-        "validation NLL": min(row["validation_loss"] for row in metrics if row.get("validation_loss") is not None),
+        "validation NLL": judged_loss(metrics),
         "memory GiB": max(row["memory_gib"] for row in metrics if "memory_gib" in row),
         "target tokens": max(row["tokens"] for row in metrics),
     }

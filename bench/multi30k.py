@@ -90,6 +90,11 @@ def train(case: Case, seed: int, run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def judged_loss(metrics: list[dict[str, Any]]) -> float:
+    """Held-out nats a token of the model that is judged: the average of the last checkpoints, which is evaluated last."""
+    return [row["validation_loss"] for row in metrics if row.get("validation_loss") is not None][-1]
+
+
 def bleu(outputs: list[str], references: list[str], tokenize: str = "none", lowercase: bool = False) -> float:
     """sacreBLEU's corpus BLEU."""
     import sacrebleu
@@ -130,7 +135,7 @@ def row(case: Case, seeds: range) -> dict[str, Any]:
         run_dir = WORK / "multi30k" / f"{case.name}-{seed}"
         metrics = train(case, seed, run_dir)
         found = judge(case, run_dir / "model")
-        found["validation NLL"] = min(r["validation_loss"] for r in metrics if r.get("validation_loss") is not None)
+        found["validation NLL"] = judged_loss(metrics)
         last = [r for r in metrics if "seconds" in r][-1]
         found |= {"updates": last["step"], "training minutes": last["seconds"] / 60}
         for key, value in found.items():
