@@ -59,13 +59,14 @@ class Progress:
 
 @dataclass
 class Snapshot:
-    """The state after an update, on the CPU. There the tensors are training's own: they change in the next update."""
+    """The state after an update, in the CPU's memory."""
 
     progress: dict[str, Any]
     ephemeral: bool
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
-    ready: Callable[[], None]  # waits until copies from a device have arrived
+    copied: bool  # from a device; else the tensors are training's own, and change in the next update
+    ready: Callable[[], None]  # waits until the copies have arrived
 
     @property
     def step(self) -> int:
@@ -109,11 +110,12 @@ def snapshot(
     if not main:
         return None
     ready: Callable[[], None] = lambda: None  # noqa: E731
-    if any(p.is_cuda for p in model.parameters()):
+    copied = any(p.is_cuda for p in model.parameters())
+    if copied:
         event = torch.cuda.Event()
         event.record()
         ready = event.synchronize
-    return Snapshot(asdict(progress), ephemeral, weights, moments, ready)
+    return Snapshot(asdict(progress), ephemeral, weights, moments, copied, ready)
 
 
 def write(
@@ -125,8 +127,8 @@ def write(
 ) -> bool:
     """Write a snapshot as step-N, on the disk before it has its name, and retire older ones.
 
-    `read` is called when its tensors are no longer needed. `good` says at the end whether it is to have its name; the
-    answer is returned. On a failure (OSError) nothing is left of it, and every older checkpoint stays.
+    `read` is called when training's tensors are no longer needed. `good` says at the end whether it is to have its
+    name; the answer is returned. On a failure (OSError) nothing is left of it, and every older checkpoint stays.
     """
     final = folder(run_dir, snapshot.step)
     aside = final.with_name(f".{final.name}.writing-{os.getpid()}")
@@ -134,6 +136,8 @@ def write(
     try:
         aside.mkdir(parents=True)
         snapshot.ready()
+        if snapshot.copied:
+            read()
         files = {}
         for name, tensors in (("model.safetensors", snapshot.weights), ("optimizer.safetensors", snapshot.moments)):
             size, checksum = tensorfile.write(aside / name, tensors)

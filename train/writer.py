@@ -2,7 +2,8 @@
 
 Weights and optimizer state change in the optimizer's step alone, so between two steps, during the next forward and
 backward pass, they may be read where they lie: no copy is made. The next step waits until the thread has read them
-(`release`), which it mostly has by then; syncing and renaming go on beside later updates.
+(`release`), which it mostly has by then; syncing and renaming go on beside later updates. From a device there are
+copies, and the step waits for these alone.
 
 The forward and backward pass beside it are also the first to use the new weights. Only when their loss and gradient
 are in order (`decide`) does the checkpoint get its name: no run resumes from a state that is broken already.

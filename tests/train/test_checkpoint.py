@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_one_that_cannot_be_replaced_is_still_there(tmp_path: Path, monkeypatch:
         write(tmp_path, 10, tokens=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-10"]
     assert checkpoint.read_progress(tmp_path / "checkpoints" / "step-10").tokens == 1
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_training_waits_until_what_is_its_own_is_written_and_not_for_copies(
+    copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+    taken = checkpoint.snapshot(model, optimizer, Progress(step=1), main=True)
+    assert taken is not None
+    happened: list[str] = []
+    write = tensorfile.write
+
+    def written(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+        happened.append("written")
+        return write(path, tensors)
+
+    monkeypatch.setattr(tensorfile, "write", written)
+    checkpoint.write(tmp_path, replace(taken, copied=copied), 1, read=lambda: happened.append("read"))
+    assert happened[:3] == (["read", "written", "written"] if copied else ["written", "written", "read"])
 
 
 def test_what_is_cleaned_away_while_it_is_written_gets_no_name(tmp_path: Path) -> None:
