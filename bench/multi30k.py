@@ -91,7 +91,7 @@ def train(case: Case, seed: int, run_dir: Path) -> list[dict[str, Any]]:
 
 
 def judged_loss(metrics: list[dict[str, Any]]) -> float:
-    """Held-out nats a token of the model that is judged: the average of the last checkpoints, which is evaluated last."""
+    """Held-out nats a token of the model that is judged, the average of the last checkpoints: it is evaluated last."""
     return [row["validation_loss"] for row in metrics if row.get("validation_loss") is not None][-1]
 
 
