@@ -173,7 +173,7 @@ class DecoderLM(nn.Module):
         """
         attend: Attend
         if "src" in batch:
-            tokens, targets, prefix = join(batch)
+            tokens, targets, prefix = join(batch, self.config.context)
             if tokens.shape[1] > self.config.context:
                 raise ValueError(
                     f"a source and its target have {tokens.shape[1]} tokens; the model's context is "

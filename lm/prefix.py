@@ -26,18 +26,21 @@ class Joined(NamedTuple):
     prefix: Tensor  # int64 [B]: how many of a row's tokens are the source's
 
 
-def join(batch: Mapping[str, Tensor]) -> Joined:
+def join(batch: Mapping[str, Tensor], context: int) -> Joined:
     """Sources and targets as one sequence a row, without holes between them: a row's target stands where its own source
     ends, so that a sentence is computed alike beside whatever others.
 
     batch: src int64 [B, S], src_mask bool [B, S] (the real tokens, which come first, at least one), tgt_input and
-    tgt_output int64 [B, T], lm.loss.IGNORE at padding.
+    tgt_output int64 [B, T], lm.loss.IGNORE at padding. context: what the model can read; a longer row stays as it is.
     """
     src, tgt_input, tgt_output = batch["src"], batch["tgt_input"], batch["tgt_output"]
     prefix = batch["src_mask"].sum(dim=1) - 1
     lengths = prefix + (tgt_output != IGNORE).sum(dim=1)
-    # As long as the longest row; on a GPU, which would have to be waited for, as long as any could be.
-    longest = int(lengths.max()) if src.device.type == "cpu" else src.shape[1] - 1 + tgt_input.shape[1]
+    # As long as the longest row; on a GPU, which would have to be waited for, as long as any could be. But a batch of
+    # one row with a long source and one with a long target may fit where a row of both would not.
+    longest = src.shape[1] - 1 + tgt_input.shape[1]
+    if src.device.type == "cpu" or longest > context:
+        longest = int(lengths.max())
     place = torch.arange(longest, device=src.device).expand(len(src), longest)
     of_source = place < prefix.unsqueeze(1)
     inside = place < lengths.unsqueeze(1)

@@ -49,9 +49,17 @@ def batch_of(pairs: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor
     }
 
 
+def test_rows_that_fit_fit_together() -> None:
+    """A long source in one row and a long target in another: each has room, both in one row would not."""
+    long, short = list(range(3, 31)), [5]
+    batch = batch_of([(long, short), (short, long)])
+    assert batch["src"].shape[1] - 1 + batch["tgt_input"].shape[1] > SMALL["context"]
+    assert int(make()(batch).targets) == len(long) + len(short) + 2
+
+
 @given(SENTENCES)
 def test_a_row_is_source_separator_target(pairs: list[tuple[list[int], list[int]]]) -> None:
-    tokens, targets, prefix = join(batch_of(pairs))
+    tokens, targets, prefix = join(batch_of(pairs), SMALL["context"])
     longest = max(len(src) + 1 + len(tgt) for src, tgt in pairs)
     assert tokens.shape == targets.shape == (len(pairs), longest)
     for row, (src, tgt) in enumerate(pairs):
@@ -77,7 +85,7 @@ def test_a_key_of_the_prefix_is_seen_by_all_and_any_other_by_what_follows_it(len
 def test_a_translation_is_the_language_models_loss_on_the_target() -> None:
     """Causal, joining is all there is to it: the same as a batch of tokens and targets."""
     model, batch = make(), batch_of([([5, 6, 7], [8, 9]), ([4], [10, 11, 12])])
-    tokens, targets, _ = join(batch)
+    tokens, targets, _ = join(batch, SMALL["context"])
     asked = model({"tokens": tokens, "targets": targets})
     found = model(batch)
     assert torch.equal(found.total, asked.total)
