@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 FILE = "metrics.jsonl"
@@ -59,7 +60,8 @@ class Metrics:
             self._size, self._waiting = self._size + written, b""
             return
         self.problem = self.problem or "No space left on device"
-        os.ftruncate(self._file, self._size)  # to whole lines; making a file shorter needs no room
+        with suppress(OSError):  # where not even this can be done, `read` skips the broken line
+            os.ftruncate(self._file, self._size)  # to whole lines; making a file shorter needs no room
 
     def close(self) -> None:
         """Closes the file, after a last try to write what waits."""

@@ -103,7 +103,8 @@ class Watch:
         if self._store is None:
             return
         if isinstance(error, RecipeError):
-            self._leave(f"{self.place} refuses: {' '.join(error.problems)}")
+            if error.problems:  # else it is the main rank that says why
+                self._leave(f"{self.place} refuses: {' '.join(error.problems)}")
         elif error is not None and lost_peer(error):
             said = str(error).splitlines()[0].rstrip(".")
             self._end(self._find() or f"a connection to another rank was lost ({said})")

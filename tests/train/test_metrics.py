@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import signal
 from pathlib import Path
@@ -64,6 +66,25 @@ def test_what_a_full_disk_does_not_take_waits_until_it_does(tmp_path: Path) -> N
     metrics.log({"step": 4, "loss": 1.5})
     assert metrics.problem is None
     assert [row["step"] for row in read(file)] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_gone_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither written nor made shorter can the file be; later it can again."""
+
+    def gone(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    metrics = Metrics(tmp_path)
+    metrics.log({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", gone)
+        patch.setattr(os, "ftruncate", gone)
+        metrics.log({"step": 2})
+        assert metrics.problem == "Input/output error"
+    metrics.log({"step": 3})
+    metrics.close()
+    assert metrics.problem is None
+    assert [row["step"] for row in read(tmp_path / FILE)] == [1, 2, 3]
 
 
 def test_tensors_and_numpy_scalars_become_numbers_and_nan_becomes_null(tmp_path: Path) -> None:
