@@ -127,13 +127,19 @@ class Trainer:
                 checkpoint.clean(self.run_dir)
                 aside.write_text(self.recipe.to_yaml(), encoding="utf-8")
                 aside.replace(self.run_dir / "config.yaml")
-                self.metrics = Metrics(self.run_dir, resume_step=self.progress.step)
+                self.metrics = Metrics(self.run_dir, self.progress.step, self._is_made_again)
             except OSError as error:
                 with suppress(OSError):
                     aside.unlink(missing_ok=True)
                 problem = f"run.dir is {self.run_dir}, and it cannot be written ({error.strerror or error})."
         if self.here.any(problem is not None):
             raise RecipeError([problem] if problem else [])
+
+    def _is_made_again(self, row: dict[str, Any]) -> bool:
+        """Whether a row is of an evaluation that was made after the checkpoint, at its step."""
+        if row["step"] != self.progress.step or "validation_loss" not in row:
+            return False
+        return self.progress.step >= self.steps if "averaged" in row else self._evaluation_is_due()
 
     # ------------------------------------------------------------ the loop
 

@@ -1,7 +1,8 @@
 """`metrics.jsonl`: what a run measured, one JSON object a line. It is the truth; wandb and the loss curve mirror it.
 
 A resumed run repeats the steps after its checkpoint. Their old rows would stand twice, so opening the file for a run
-that goes on from step k first rewinds it: rows up to k stay, later ones move to `metrics.replayed.jsonl`.
+that goes on from step k first rewinds it: rows up to k stay, later ones move to `metrics.replayed.jsonl`. So does the
+row of an evaluation at k that is made again, because the checkpoint is older than it.
 
 A disk that is full does not end a run and does not break the file: a row that could not be written whole is taken back
 and kept in memory, and goes before the next one that can be.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,11 +32,14 @@ class Metrics:
     was left out has `skip` (why), `skip_loss` and `skip_norm`.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
-        """Opens the file, rewound to rows with `step <= resume_step` (0: a new run, nothing stays). Raises OSError."""
+    def __init__(
+        self, run_dir: str | Path, resume_step: int = 0, again: Callable[[dict], bool] = lambda row: False
+    ) -> None:
+        """Opens the file, rewound to rows with `step <= resume_step` (0: a new run, nothing stays), without those of
+        them that, as `again` says, will be made again. Raises OSError."""
         self.path = Path(run_dir) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _rewind(self.path, resume_step)
+        _rewind(self.path, lambda row: row["step"] <= resume_step and not again(row))
         self.problem: str | None = None  # why the newest rows are not in the file
         self._waiting = b""  # these rows
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -87,13 +91,13 @@ def read(path: str | Path) -> list[dict]:
     return rows
 
 
-def _rewind(path: Path, step: int) -> None:
-    """Leaves rows with `row["step"] <= step`, moves the rest aside; the file is replaced whole, never cut in place."""
+def _rewind(path: Path, stays: Callable[[dict], bool]) -> None:
+    """Leaves rows that stay, moves the rest aside; the file is replaced whole, never cut in place."""
     if not path.exists():
         return
     rows = read(path)
-    kept = [row for row in rows if row["step"] <= step]
-    replayed = [row for row in rows if row["step"] > step]
+    kept = [row for row in rows if stays(row)]
+    replayed = [row for row in rows if not stays(row)]
     if replayed:
         with path.with_name(REPLAYED).open("a", encoding="utf-8") as aside:
             aside.writelines(json.dumps(row) + "\n" for row in replayed)

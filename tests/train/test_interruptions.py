@@ -235,6 +235,30 @@ def test_a_stop_in_an_evaluation_gives_it_up_and_it_is_made_first(
     assert figures(rows, "validation_loss") == figures(whole, "validation_loss")
 
 
+def test_an_evaluation_that_is_made_again_has_one_row(tiny, figures: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["eval.every=6", "checkpoint.average=2"]
+    whole = tiny(*options, name="whole")
+    with monkeypatch.context() as patch:
+        check = launch.Launch.check
+
+        def stopping(self: launch.Launch) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            check(self)
+
+        patch.setattr(launch.Launch, "check", stopping)
+        tiny(*options, status=143)  # in the evaluation at step 6
+    with monkeypatch.context() as patch:
+        at(patch, 7, lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny(*options)  # right after it
+    tiny(*options)
+    shutil.rmtree(tiny.folder / "run" / "model-last")
+    rows = tiny(*options)  # killed, as it were, while it saved the average
+    assert [row["step"] for row in rows] == [row["step"] for row in whole]
+    assert figures(rows, "validation_loss") == figures(whole, "validation_loss")
+    assert len(figures(rows, "averaged")) == 1
+
+
 def test_one_evaluation_that_is_no_number_is_not_the_best_for_ever(
     tiny, figures: Losses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
