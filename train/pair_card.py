@@ -27,7 +27,9 @@ def write(recipe: Recipe, config: Any, data: PreparedPairs, run_dir: Path, step:
     """The card of the model as it is after update `step` of the run in `run_dir`; Markdown with YAML in front."""
     architecture = ARCHITECTURES[config.architecture].folder
     front: dict[str, Any] = {} if recipe.run.license is None else {"license": recipe.run.license}
-    front |= {"library_name": "transformers", "pipeline_tag": "translation", "tags": ["heed"]}
+    # transformers reads our decoders alone
+    front |= {"library_name": "transformers"} if config.architecture == "decoder" else {}
+    front |= {"pipeline_tag": "translation", "tags": ["heed"]}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {Path(recipe.run.dir).name}",

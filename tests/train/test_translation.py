@@ -97,7 +97,9 @@ def test_each_architecture_learns_is_judged_and_leaves_a_folder(
     folder = tmp_path / "run/model"
     written = json.loads((folder / "config.json").read_text())
     assert written["eos_token_id"] == 2
-    assert "pipeline_tag: translation" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: translation" in card
+    assert ("library_name: transformers" in card) == (kind in ("decoder", "prefix"))
     from lm.translate import Translator, translate
 
     translator = Translator.load(folder)
