@@ -1,9 +1,9 @@
 """Matrix products that train fast on a CPU.
 
 `F.linear` in fp32 calls MKL, which keeps to its AVX2 path on processors that are not Intel's; torch also ships oneDNN,
-whose products are 1.1 to 1.8 times as fast there at training sizes. Its operator is private and knows no gradient, so it
-is tried once, and `F.linear` stays the answer wherever it is missing, wrong, or not what was asked for (another dtype,
-device, autocast, compile).
+whose products are 1.1 to 1.8 times as fast there at training sizes. Its operator is private and knows no gradient, so
+it is tried once, and `F.linear` stays the answer wherever it is missing, wrong, or not what was asked for (another
+dtype, device, autocast, compile).
 """
 
 from __future__ import annotations
