@@ -380,7 +380,7 @@ class Trainer:
 
     def _save_average(self, folder: Path) -> str | None:
         """The mean of the last checkpoints' weights, evaluated and saved; the model's stay what they are. Every rank
-        reads them, as it would to continue. Why it failed."""
+        reads them, as it would to continue. Why it failed, on every rank."""
         assert self.recipe.checkpoint.average is not None
         progress, here, parameters = self.progress, self.here, dict(self.bare.named_parameters())
         here.watch.at("the average of the last checkpoints")
@@ -388,9 +388,16 @@ class Trainer:
         folders = folders[: self.recipe.checkpoint.average]
         for problem in problems:
             self.say.sentence(f"{problem} It is left out of the average.")
+        unread = None
+        try:
+            mean = average.average(folders)
+        except checkpoint.CheckpointError as error:
+            unread = str(error)
+        if here.any(unread is not None):  # before the ranks evaluate together
+            return unread or "another rank cannot read the checkpoints"
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
-            checkpoint.put(average.average(folders), parameters)
+            checkpoint.put(mean, parameters)
             self.model.eval()
             with suppress(launch.Abandoned):
                 found = self.task.evaluate(self.model if here.fsdp2 else self.bare, here)
@@ -399,8 +406,6 @@ class Trainer:
                     self._record(row)
                     self.say.sentence(f"the average of the last {len(folders)} checkpoints: {found.says}")
             return self._save_folder(folder)
-        except checkpoint.CheckpointError as error:
-            return str(error)
         finally:
             self.model.train()
             with torch.no_grad():
