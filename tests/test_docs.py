@@ -134,6 +134,19 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link.split("#")[0]).exists(), f"{page.name}: {link}"
 
 
+def test_what_the_article_points_at_is_there() -> None:
+    """`file.py::name` or `file.py::Class.name`: the class, function or test is defined in that file."""
+    references = re.findall(r"`([\w/]+\.py)::([\w.]+)`", (ROOT / "docs" / "article.md").read_text(encoding="utf-8"))
+    assert len(references) > 40
+    for file, name in references:
+        within: ast.AST = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            inside = {node.name: node for node in ast.iter_child_nodes(within) if isinstance(node, kinds)}
+            assert part in inside, f"{file}::{name}"
+            within = inside[part]
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
