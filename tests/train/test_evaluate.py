@@ -34,7 +34,12 @@ def rank(number: int = 0, world: int = 1) -> Any:
     """As much of a Launch as is asked of it; its sum is its own part."""
     accelerator = SimpleNamespace(autocast=nullcontext)
     return SimpleNamespace(
-        rank=number, world=world, device=torch.device("cpu"), accelerator=accelerator, sum=lambda values: values
+        rank=number,
+        world=world,
+        device=torch.device("cpu"),
+        accelerator=accelerator,
+        sum=lambda values: values,
+        check=lambda: None,
     )
 
 
