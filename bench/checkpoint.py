@@ -4,7 +4,9 @@
 
 One process trains as `python -m train` does, in windows of a minute each, of equally many updates: with a checkpoint
 begun at their start, and without one, in the order with, without, without, with, ... A sample is the seconds of a
-window, over all that happens in it: copying and writing beside training, waiting for it, syncing, renaming.
+window, over all that happens in it: copying and writing beside training, waiting for it, syncing, renaming. Windows
+differ by more than a checkpoint costs, so what can be counted is recorded too: the seconds that training stood still
+for each checkpoint, and the seconds of a core that its thread took.
 QUICK=1: a small model and windows of seconds, to see that it runs; nothing is recorded.
 """
 
@@ -26,7 +28,9 @@ from bench.record import WORK, save, timed
 from train import loop
 from train.config import load
 from train.keeper import Keeper
+from train.launch import cores
 from train.metrics import Metrics
+from train.writer import Writer
 
 WITH, WITHOUT = "a checkpoint a minute", "none"
 WARMUP = 6  # updates, of which the last three say how many make a window
@@ -42,6 +46,9 @@ class Windows:
         self.seconds = seconds
         self.updates = 0  # of a window
         self.ends: list[float] = []  # of each update, on a clock
+        self.waited: list[float] = []  # seconds that training stood still, a checkpoint each
+        self.worked: list[float] = []  # seconds of a core, a checkpoint each
+        self.writer: Writer | None = None
 
     def begins(self, step: int) -> str | None:
         """The side of the window that begins after update `step`, if one does."""
@@ -55,11 +62,22 @@ class Windows:
         if step == WARMUP - 1:
             self.updates = max(2, round(self.seconds / ((self.ends[-1] - self.ends[-4]) / 3)))
         if step == WARMUP + self.updates * len(self.sides):
+            self.count()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self, keeper: Keeper) -> bool:
         """In the place of the clock. It is asked before the update is counted."""
-        return self.begins(keeper.progress.step + 1) == WITH
+        side = self.begins(keeper.progress.step + 1)
+        if side is not None:
+            self.count()
+            self.writer = keeper.writer if side == WITH else None
+        return side == WITH
+
+    def count(self) -> None:
+        """Note what the checkpoint of the window that ends cost."""
+        if self.writer is not None:
+            self.waited.append(self.writer.waited)
+            self.worked.append(self.writer.worked)
 
     def samples(self) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {WITH: [], WITHOUT: []}
@@ -101,8 +119,10 @@ def main() -> None:
         sys.exit(f"the training ended with status {status}")
     samples = windows.samples()
     ratio = statistics.median(samples[WITH]) / statistics.median(samples[WITHOUT])
+    # All cores stand still with training; the thread takes one.
+    cost = (statistics.median(windows.waited) + statistics.median(windows.worked) / cores()) / 60
     if quick:
-        print(f"ratio {ratio:.4f}; samples {samples}; nothing is recorded")
+        print(f"ratio {ratio:.4f}; samples {samples}; {windows.waited} {windows.worked}; nothing is recorded")
         return
     parameters = load(path).decoder_config(vocabulary).parameters()["total"]
     save(
@@ -113,7 +133,11 @@ def main() -> None:
         ratio,
         statistic="median",
         note=f"Windows of {windows.updates} updates of {batch:,} tokens, about a minute each. "
-        "Weights and AdamW's two means in float32.",
+        "Weights and AdamW's two means in float32. Counted for each checkpoint: training stood still for "
+        f"{statistics.median(windows.waited):.2f} s, its thread took {statistics.median(windows.worked):.2f} s of a "
+        f"core; together {100 * cost:.2f}% of the machine in a minute.",
+        stood_still=windows.waited,
+        thread_seconds=windows.worked,
     )
     shutil.rmtree(run, ignore_errors=True)
 

@@ -27,6 +27,7 @@ class Writer:
         self.step: int | None = None  # of the newest checkpoint that has its name
         self.failure: str | None = None  # why the newest attempt failed, until `reported`
         self.waited = 0.0  # seconds that training stood still for the newest one
+        self.worked = 0.0  # seconds of a core that writing the newest one took
         self._thread: threading.Thread | None = None
         self._read = threading.Event()
         self._decided = threading.Event()
@@ -67,12 +68,14 @@ class Writer:
         return failure
 
     def _write(self, snapshot: Snapshot) -> None:
+        began = time.thread_time()
         try:
             if checkpoint.write(self.run_dir, snapshot, self.keep, self._read.set, self._is_good):
                 self.step = snapshot.step
         except Exception as error:  # whatever it is: a run is worth more than one checkpoint of it
             self.failure = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         finally:
+            self.worked = time.thread_time() - began
             self._read.set()
 
     def _is_good(self) -> bool:
