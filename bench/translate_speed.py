@@ -114,12 +114,13 @@ def main() -> None:
     save(
         "translate-speed-quick" if quick else "translate-speed",
         f"decoding, beam {options.beam}, {options.sentences} sources in a batch, {options.threads} threads",
-        f"make bench-translate ({', '.join(side.version for side in sides)})",
+        "make bench-translate",
         {name: {"samples": values, "unit": "target tokens/s"} for name, values in samples.items()},
         middle["heed"] / middle["transformers"],
         statistic="median",
         ratios={name: middle["heed"] / middle[name] for name in (*SIDES[1:], LIMIT)},
-        note=f"The same best output as ours, of {options.sentences * len(batches)}: {equal}.",
+        note=f"The same best output as ours, of {options.sentences * len(batches)}: {equal}. Versions: "
+        f"{', '.join(side.version for side in sides)}.",
     )
 
 
