@@ -120,8 +120,11 @@ def test_a_rank_of_which_nothing_is_heard_ends_the_run(begin, tiny_yaml: Path, t
     launched.reach(run, 2)
     stopped, waiting = launched.rank(1), launched.rank(0)
     stopped.suspend()
-    waiting.wait(60)  # the launcher gives the one that does not answer 30 s more
-    (cause,) = launched.causes()
+    try:
+        waiting.wait(60)
+        (cause,) = launched.causes()
+    finally:
+        stopped.kill()  # the launcher would give the one that does not answer 30 s more
     assert cause.startswith("rank 0: the run ends: rank 1 on ")
     assert f" has not been heard of for {DEADLINE} s" in cause
 
