@@ -64,6 +64,15 @@ def train_command(recipe: str, *overrides: str) -> list[str]:
     return [*launcher, "-m", "train", recipe, *overrides]
 
 
+def _write(name: str, benchmark: str, command: str, figures: dict[str, Any]) -> Path:
+    """bench/results/NAME.json: what was measured, where, when and by which command."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    made = {"machine": machine(), "command": command, "date": datetime.date.today().isoformat()}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"benchmark": benchmark, **made, **figures}, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
 def save(
     name: str,
     benchmark: str,
@@ -77,19 +86,7 @@ def save(
     """bench/results/NAME.json. sides: name -> {"samples": [...], "unit": ...}; statistic ("median" or "mean") is
     how docs sum them up.
     """
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": benchmark,
-        "machine": machine(),
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "statistic": statistic,
-        "sides": sides,
-        "ratio": ratio,
-        **more,
-    }
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = _write(name, benchmark, command, {"statistic": statistic, "sides": sides, "ratio": ratio, **more})
     for side, values in sides.items():
         middle = getattr(statistics, statistic)(values["samples"])
         print(f"{side}: {statistic} {middle:.4g} {values['unit']} of {[round(s, 4) for s in values['samples']]}")
@@ -109,19 +106,7 @@ def save_table(
     """bench/results/NAME.json, a table: each row has a value (or a list of samples) for each column; docs show it with
     `<!-- figures: table NAME -->`.
     """
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": benchmark,
-        "machine": machine(),
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "note": note,
-        "columns": list(columns),
-        "rows": list(rows),
-        **more,
-    }
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = _write(name, benchmark, command, {"note": note, "columns": list(columns), "rows": list(rows), **more})
     print(f"{benchmark} -> {path.relative_to(ROOT)}")
     for row in rows:
         print("  " + "; ".join(f"{column} {row.get(column)}" for column in columns))

@@ -29,7 +29,7 @@ from lm.tokenizer import Tokenizer, TokenizerError, close_sources, train_transla
 from train.config import Recipe, RecipeError
 from train.pair_sources import Pair, PairSource, open_pairs
 from train.pairs import Frame, Pairs
-from train.prepare import BPE_SAMPLE, load_tokenizer, lock
+from train.prepare import BPE_SAMPLE, cached, load_tokenizer
 from train.schema import show
 from train.sources import FileHashes
 
@@ -64,24 +64,14 @@ def prepare_pairs(recipe: Recipe, progress: bool = True) -> PreparedPairs:
     Every rank may call this: one builds, the others wait.
     """
     source, held, given = _inputs(recipe)
-    cache = Path(recipe.data.cache)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        hashes = FileHashes(cache / "hashes.json")
-        fingerprint = _fingerprint(recipe, source, held, given, hashes)
-        folder = cache / fingerprint[:16]
-        prepared = _open(folder, fingerprint)
-        if prepared is None:
-            with lock(cache / f"{folder.name}.lock"):
-                prepared = _open(folder, fingerprint)  # another process may have built it meanwhile
-                if prepared is None:
-                    _build(recipe, source, held, given, fingerprint, folder, progress)
-                    prepared = _open(folder, fingerprint)
-        hashes.save()
-    except OSError as error:
-        raise RecipeError([f"data.cache is {show(str(cache))}, and it cannot be used: {error.strerror}."]) from None
-    assert prepared is not None
-    return prepared
+
+    def fingerprint(hashes: FileHashes) -> str:
+        return _fingerprint(recipe, source, held, given, hashes)
+
+    def build(fingerprint: str, folder: Path) -> None:
+        _build(recipe, source, held, given, fingerprint, folder, progress)
+
+    return cached(recipe, fingerprint, _open, build)
 
 
 def find_pairs(recipe: Recipe) -> PreparedPairs | None:

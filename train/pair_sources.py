@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from train import synthetic
 from train.config import Recipe, RecipeError
 from train.schema import show
-from train.sources import NOT_TEXT, FileHashes, first_line, holds_rows, load_dataset
+from train.sources import NOT_TEXT, FileHashes, dataset_identity, first_line, holds_rows, load_dataset
 
 Pair = tuple[str, str]
 SYNTHETIC_SEED = 20140901  # the pairs are the same whatever run.seed is: runs differ by seed on the same data
@@ -153,11 +153,7 @@ class Dataset:
         self._asked = self.key if key == "data.dataset" else f"{self.key}, {key} is {show(split)}"
 
     def identity(self, hashes: FileHashes) -> Any:
-        """A folder is its files' content; a name stands for its content."""
-        name: Any = self.name
-        if os.path.isdir(self.name):
-            files = sorted(path for path in Path(self.name).rglob("*") if path.is_file())
-            name = [[path.relative_to(self.name).as_posix(), hashes.of(path)] for path in files]
+        name = dataset_identity(self.name, hashes)
         return {"dataset": name, "config": self.config, "split": self.split, "keys": self.keys}
 
     def pairs(self) -> Iterator[Pair]:

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 from lm import pretrained
 from lm.bar import bar
@@ -38,6 +39,8 @@ from train.sources import FileHashes, Piece, Source, open_sources
 
 FORMAT = 1  # part of the fingerprint: a change of what is written gives every folder another name
 BPE_SAMPLE = 100_000_000  # characters; merges learned from more differ little, and counting words takes memory
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,46 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     Every rank may call this: one builds, the others wait. `progress`: a bar on a terminal, and one line at the end.
     """
     source, held, given = _inputs(recipe)
+
+    def fingerprint(hashes: FileHashes) -> str:
+        return _fingerprint(recipe, source, held, given, hashes)
+
+    def build(fingerprint: str, folder: Path) -> None:
+        _build(recipe, source, held, given, fingerprint, folder, progress)
+
+    prepared = cached(recipe, fingerprint, _open, build)
+    if given is not None:  # equal ids may come with another chat template, which the cache does not tell apart
+        prepared = replace(prepared, tokenizer=given)
+    _check(recipe, source, prepared)
+    return prepared
+
+
+def cached(
+    recipe: Recipe,
+    fingerprint_by: Callable[[FileHashes], str],
+    open_: Callable[[Path, str], P | None],
+    build: Callable[[str, Path], None],
+) -> P:
+    """What stands under its fingerprint in data.cache; where there is nothing, one process builds it, under a lock, and
+    the others wait. Raises RecipeError for a cache that cannot be used.
+    """
     cache = Path(recipe.data.cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         hashes = FileHashes(cache / "hashes.json")
-        fingerprint = _fingerprint(recipe, source, held, given, hashes)
+        fingerprint = fingerprint_by(hashes)
         folder = cache / fingerprint[:16]
-        prepared = _open(folder, fingerprint)
+        prepared = open_(folder, fingerprint)
         if prepared is None:
             with lock(cache / f"{folder.name}.lock"):
-                prepared = _open(folder, fingerprint)  # another process may have built it meanwhile
+                prepared = open_(folder, fingerprint)  # another process may have built it meanwhile
                 if prepared is None:
-                    _build(recipe, source, held, given, fingerprint, folder, progress)
-                    prepared = _open(folder, fingerprint)
+                    build(fingerprint, folder)
+                    prepared = open_(folder, fingerprint)
         hashes.save()
     except OSError as error:
         raise RecipeError([f"data.cache is {show(str(cache))}, and it cannot be used: {error.strerror}."]) from None
     assert prepared is not None
-    if given is not None:  # equal ids may come with another chat template, which the cache does not tell apart
-        prepared = replace(prepared, tokenizer=given)
-    _check(recipe, source, prepared)
     return prepared
 
 

@@ -155,11 +155,7 @@ class Rows:
         return None if self.streaming else len(self._dataset())
 
     def identity(self, hashes: FileHashes) -> Any:
-        """A folder is its files' content; a name stands for its content, so that a run continues without a network."""
-        name: Any = self.name
-        if os.path.isdir(self.name):
-            files = sorted(path for path in Path(self.name).rglob("*") if path.is_file())
-            name = [[path.relative_to(self.name).as_posix(), hashes.of(path)] for path in files]
+        name = dataset_identity(self.name, hashes)
         return {"dataset": name, "config": self.config, "split": self.split, "text_key": self.text_key}
 
     def pieces(self) -> Iterator[Piece]:
@@ -185,6 +181,14 @@ class Rows:
         if self._loaded is None:
             self._loaded = load_dataset(self.name, self.config, self.split, self.streaming, self._asked)
         return self._loaded
+
+
+def dataset_identity(name: str, hashes: FileHashes) -> Any:
+    """A folder is its files' content; a name stands for its content, so that a run continues without a network."""
+    if not os.path.isdir(name):
+        return name
+    files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    return [[path.relative_to(name).as_posix(), hashes.of(path)] for path in files]
 
 
 def load_dataset(name: str, config: str | None, split: str, streaming: bool, asked: str) -> Any:
