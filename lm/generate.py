@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from lm.console import reader_left
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    except BrokenPipeError:  # the reader has had enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+    except BrokenPipeError:
+        reader_left()
     return 0
 
 

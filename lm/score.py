@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lm.console import reader_left
 from lm.search import pad
 from lm.tokenizer import Tokenizer
 from lm.translate import DTYPES, Translator
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has had enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+    except BrokenPipeError:
+        reader_left()
         return 0
     logprob, tokens = math.fsum(one.logprob for one in scores), sum(one.tokens for one in scores)
     if tokens:

@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from lm.beam import GNMT, BeamParams, Hypothesis, beam_search
+from lm.console import reader_left
 from lm.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -182,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has had enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+    except BrokenPipeError:
+        reader_left()
     return 0
 
 
