@@ -5,7 +5,8 @@
 DIR holds tok/*.lc.norm.tok.{en,de}.gz and raw/*.{en,de}.gz of the Multi30k data set (task 1). Models train on the
 tokenised, lower-cased text. The length penalty is chosen on the validation set. BLEU is told twice: on the tokenised
 lower-cased reference, which published figures are on, and as sacreBLEU tells it on the raw text, case left out.
-A run that exists is continued or, if it is finished, used as it is.
+A run that exists is continued or, if it is finished, used as it is. The table has a row for each model that has been
+trained: with `--only NAME` one is, and the others' rows are kept.
 """
 
 from __future__ import annotations
@@ -154,18 +155,25 @@ def row(case: Case, seeds: range) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each model (default 1)")
-    parser.add_argument("--only", help="the one case of this name, such as transformer-en-de; writes no result")
+    parser.add_argument("--only", help="train the one case of this name, such as transformer-en-de")
     options = parser.parse_args()
     data()
-    cases = [case for case in CASES if options.only in (None, case.name)]
-    rows = [row(case, range(1, options.seeds + 1)) for case in cases]
-    if options.only is None:
-        note = (
-            f"Beam {BEAM}, length penalty {list(PENALTIES)} chosen on the validation set. sacreBLEU: "
-            "nrefs:1, tok none, on the tokenised text; case:lc, tok:13a, on the raw text. Goals: the best published "
-            "figure of its kind on this set and, after the semicolon, what we aimed at."
-        )
-        save_table("multi30k", "Multi30k, test_2016_flickr", "make bench-multi30k", COLUMNS, rows, note=note)
+    names = [case.name for case in CASES]
+    if options.only not in (None, *names):
+        parser.error(f"--only is {options.only!r}; it must be one of {', '.join(names)}")
+    seeds = range(1, options.seeds + 1)
+    rows = []
+    for case in CASES:
+        trained = all((WORK / "multi30k" / f"{case.name}-{seed}" / "model-last").is_dir() for seed in seeds)
+        if options.only == case.name or options.only is None or trained:
+            rows.append(row(case, seeds))
+            print(rows[-1], flush=True)
+    note = (
+        f"Beam {BEAM}, length penalty {list(PENALTIES)} chosen on the validation set. sacreBLEU: "
+        "nrefs:1, tok none, on the tokenised text; case:lc, tok:13a, on the raw text. Goals: the best published "
+        "figure of its kind on this set and, after the semicolon, what we aimed at."
+    )
+    save_table("multi30k", "Multi30k, test_2016_flickr", "make bench-multi30k", COLUMNS, rows, note=note)
 
 
 if __name__ == "__main__":
