@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each speed (default 5)")
     parser.add_argument("--only", help="train the one model of this name, such as RNNsearch; writes no result")
     parser.add_argument("--positions", action="store_true", help="also the rows for other positions")
-    parser.add_argument(
-        "--trained", action="store_true", help="train nothing: the table of the models that are trained"
-    )
+    parser.add_argument("--trained", action="store_true", help="train nothing: the table of the trained ones")
     options = parser.parse_args()
     data()
     files = concatenated(WORK / "architectures" / "text")
