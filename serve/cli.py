@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from serve.api.server import ServerConfig
 from serve.engine.messages import EngineConfig
@@ -47,6 +48,41 @@ def seconds(text: str) -> float:
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
     return value
+
+
+class Lookup(NamedTuple):
+    """--speculative-config: tokens that are proposed a step, the longest and the shortest n-gram looked for."""
+
+    tokens: int
+    longest: int
+    shortest: int
+
+
+def lookup(text: str) -> Lookup:
+    """An argparse type: vLLM's JSON for proposing tokens by prompt lookup, with its defaults."""
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(given, dict) or given.get("method") != "ngram":
+        raise argparse.ArgumentTypeError(f'{text!r} must be an object whose "method" is "ngram", the one there is')
+    names = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+    strange = sorted(given.keys() - {"method", *names})
+    if strange:
+        raise argparse.ArgumentTypeError(f"{strange[0]!r} is none of its keys: method, {', '.join(names)}")
+    for name in names:
+        value = given.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= 64):
+            raise argparse.ArgumentTypeError(f"{name} is {value!r} and must be a whole number from 1 to 64")
+    tokens, longest, shortest = (given.get(name) for name in names)
+    if tokens is None:
+        raise argparse.ArgumentTypeError(f"{names[0]} is missing: the tokens that are proposed in a step")
+    longest, shortest = longest or shortest or 5, shortest or longest or 5
+    if shortest > longest:
+        raise argparse.ArgumentTypeError(
+            f"prompt_lookup_min is {shortest} and prompt_lookup_max {longest}, which is less"
+        )
+    return Lookup(tokens, longest, shortest)
 
 
 def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
@@ -97,6 +133,9 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
     http.add_argument(
         "--trust-request-chat-template", action="store_true", help="accept a chat_template that comes with a request"
     )
+    http.add_argument(
+        "--enable-prompt-tokens-details", action="store_true", help="usage says how many prompt tokens were cached"
+    )
     http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -123,7 +162,35 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
     )
     engine.add_argument("--block-size", type=integer(1, 4096), default=16, help="tokens in a block of the cache")
     engine.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the requests that bring none")
+    engine.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute the beginning that requests have in common once",
+    )
+    engine.add_argument(
+        "--scheduling-policy",
+        choices=["fcfs", "priority"],
+        default="fcfs",
+        help="first come first served; or by the requests' priority, the lowest first",
+    )
+    engine.add_argument(
+        "--quantization", choices=["int8"], help="weights a channel, activations a row (default: the model's dtype)"
+    )
+    engine.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="refuse to start where an answer might depend on the requests beside it",
+    )
+    engine.add_argument(
+        "--speculative-config",
+        type=lookup,
+        metavar="JSON",
+        help='propose tokens by prompt lookup: {"method": "ngram", "num_speculative_tokens": 4, '
+        '"prompt_lookup_max": 4, "prompt_lookup_min": 2}',
+    )
     given = parser.parse_args(argv)
+    proposals = given.speculative_config or Lookup(0, 5, 5)
     keys = given.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     server = ServerConfig(
         host=given.host,
@@ -137,6 +204,7 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         generation_config=given.generation_config,
         chat_template=given.chat_template,
         trust_request_chat_template=given.trust_request_chat_template,
+        enable_prompt_tokens_details=given.enable_prompt_tokens_details,
         enable_log_requests=given.enable_log_requests,
     )
     return server, EngineConfig(
@@ -148,4 +216,11 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
         kv_cache_memory_bytes=given.kv_cache_memory_bytes,
         block_size=given.block_size,
         seed=given.seed,
+        enable_prefix_caching=given.enable_prefix_caching,
+        scheduling_policy=given.scheduling_policy,
+        quantization=given.quantization,
+        batch_invariant=given.batch_invariant,
+        speculative=proposals.tokens,
+        prompt_lookup_max=proposals.longest,
+        prompt_lookup_min=proposals.shortest,
     )

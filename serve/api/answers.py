@@ -30,6 +30,7 @@ class Choice:
     index: int
     prompt: Prompt
     tokens: int = 0
+    cached: int = 0  # tokens of the prompt that were found in the prefix cache
     text_length: int = 0
     begun: bool = False  # something of it has been shown
 
@@ -41,12 +42,22 @@ class Answer(ABC):
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, id: str, request: GenerationRequest, job: Job, model: Model, fingerprint: str) -> None:
+    def __init__(
+        self,
+        id: str,
+        request: GenerationRequest,
+        job: Job,
+        model: Model,
+        fingerprint: str,
+        *,
+        prompt_details: bool = False,
+    ) -> None:
         self.id = f"{self.prefix}-{id}"
         self.created = int(time.time())
         self.request = request
         self.job = job
         self.fingerprint = fingerprint
+        self.prompt_details = prompt_details
         self.model_name = request.model or model.names[0]
         self.token_texts = TokenTexts(model, bool(request.return_tokens_as_token_ids))
         self.wants_ids = bool(request.return_token_ids)
@@ -69,7 +80,16 @@ class Answer(ABC):
         yield from ()
 
     def usage(self) -> dict[str, Any]:
-        return _usage(sum(len(p.ids) for p in self.job.prompts), sum(choice.tokens for choice in self.choices))
+        """Each prompt counts once, whatever n; so does what was cached of it, for its first sequence."""
+        usage = _usage(sum(len(p.ids) for p in self.job.prompts), sum(choice.tokens for choice in self.choices))
+        if self.prompt_details:
+            cached = sum(choice.cached for choice in self.choices[:: self.job.n])
+            usage["prompt_tokens_details"] = {
+                "cached_tokens": cached,
+                "created_cache_tokens": None,
+                "multimodal_tokens": None,
+            }
+        return usage
 
     def prompt_logprobs(self, output: Output) -> list[dict[str, Any] | None] | None:
         """vLLM's form; None where the request has not asked for them."""
@@ -85,7 +105,7 @@ class Answer(ABC):
         outputs = [gathered[choice.index] for choice in self.choices]
         choices = []
         for choice, output in zip(self.choices, outputs, strict=True):
-            choice.tokens = len(output.tokens)
+            choice.tokens, choice.cached = len(output.tokens), output.cached
             choices.append(self.choice(choice, output))
         return {
             "id": self.id,
@@ -95,7 +115,7 @@ class Answer(ABC):
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": self.fingerprint,
-            "usage": self.usage() | {"prompt_tokens_details": None, "completion_tokens_details": None},
+            "usage": {"prompt_tokens_details": None, "completion_tokens_details": None} | self.usage(),
             **self.rest(outputs),
             "kv_transfer_params": None,
             "ec_transfer_params": None,
@@ -123,6 +143,7 @@ class Answer(ABC):
                     continue
                 choice = self.choices[index]
                 choice.tokens += len(output.tokens)
+                choice.cached = choice.cached or output.cached
                 fields = {"choices": [self.delta(choice, output)]}
                 if output.finish_reason is not None and not usage:
                     fields["system_fingerprint"] = self.fingerprint

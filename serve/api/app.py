@@ -50,6 +50,7 @@ def create_app(
     *,
     keys: Sequence[str] = (),
     max_body_bytes: int = 8 << 20,
+    prompt_details: bool = False,
     log_requests: bool = False,
 ) -> FastAPI:
     """The ASGI application over an engine that is ready."""
@@ -104,12 +105,14 @@ def create_app(
         try:
             client.admit(validation.sequences(body))  # before any work is done for it
             job = await validate(body, model)
-            group = client.submit(job.work(), generate=job.generate)
+            group = client.submit(
+                job.work(), generate=job.generate, priority=_priority(body, request), cache_salt=_salt(body, request)
+            )
         except Overloaded:
             metrics.rejected.inc()
             raise
         metrics.request(job.n, job.params[0].max_tokens)
-        answer = shape(_request_id(body, request), body, job, model, fingerprint)
+        answer = shape(_request_id(body, request), body, job, model, fingerprint, prompt_details=prompt_details)
 
         def leave() -> None:
             group.close()
@@ -162,6 +165,25 @@ def _request_id(body: GenerationRequest, request: Request) -> str:
     """The client's own id (header before field), as far as it is fit to be one; else a new one."""
     wanted = request.headers.get("x-request-id") or body.request_id or ""
     return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex
+
+
+def _priority(body: GenerationRequest, request: Request) -> int:
+    """The header's (a proxy's word) before the body's (the client's). Raises InvalidRequest."""
+    wanted = request.headers.get("x-vllm-priority")
+    if wanted is None:
+        return body.priority
+    match = re.fullmatch(r"\s*([+-]?\d{1,18})\s*", wanted, flags=re.ASCII)
+    if match is None:
+        raise InvalidRequest(f"The header X-Vllm-Priority is {wanted[:50]!r} and must be a whole number.", "priority")
+    return int(match[1])
+
+
+def _salt(body: GenerationRequest, request: Request) -> str | None:
+    """Whose prefixes a request may find: those of its own key, and of its own cache_salt. The time to a first token
+    tells what was cached, so that nobody may find what another has asked.
+    """
+    parts = [getattr(request.state, "key", None), body.cache_salt]
+    return None if parts == [None, None] else "/".join(part or "" for part in parts)
 
 
 def _card(name: str, model: Model, created: int) -> dict[str, Any]:

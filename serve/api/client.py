@@ -111,6 +111,7 @@ def join(first: Output, then: Output) -> Output:
         error=then.error,
         timings=then.timings,
         cumulative_logprob=then.cumulative_logprob,
+        cached=first.cached or then.cached,
     )
 
 
@@ -175,7 +176,12 @@ class EngineClient:
             raise Overloaded(f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later.")
 
     def submit(
-        self, work: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]], *, generate: bool = True
+        self,
+        work: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]],
+        *,
+        generate: bool = True,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Group:
         """Gives prompts to the engine, each to be continued by a sequence or by those of a beam. Raises as `admit`."""
         assert self._writer is not None
@@ -185,9 +191,10 @@ class EngineClient:
         for prompt, params in work:
             if isinstance(params, BeamSearchParams):
                 ids = [self._enter(group, prompt, now) for _ in range(params.beam_width)]
-                self._writer.write(frame(AddBeam(ids, prompt, params, now)))
+                self._writer.write(frame(AddBeam(ids, prompt, params, now, priority)))
             else:
-                self._writer.write(frame(Add(self._enter(group, prompt, now), prompt, params, now, generate)))
+                id = self._enter(group, prompt, now)
+                self._writer.write(frame(Add(id, prompt, params, now, generate, priority, cache_salt)))
         self._idle.clear()
         return group
 

@@ -49,6 +49,7 @@ class Gate:
         matches = [secrets.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("A valid API key is needed, as the header `Authorization: Bearer KEY`.")
+        scope.setdefault("state", {})["key"] = digest.hex()  # who asks, for what is kept apart: request.state.key
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client left before it was complete. Raises BodyTooLarge."""

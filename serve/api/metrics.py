@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names, with its labels."""
+"""Prometheus metrics under vLLM's names, with its labels; what vLLM has no name for begins with `heed:`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ class Metrics:
         )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens computed.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
+        self._queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._drafts = self._counter("spec_decode_num_drafts", "Times that tokens were proposed.")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens proposed.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Proposed tokens that the model agreed with.")
+        self._seconds = self._counter("step_seconds", "What the engine's steps took.", "heed")
+        self._model = self._counter("model_seconds", "Of the steps, what the model took.", "heed")
+        self._prefix = self._counter("prefix_cache_seconds", "Of the steps, hashing and looking up prefixes.", "heed")
         success = self._counter_family("request_success", "Sequences that ended, by reason.", "finished_reason")
         self._ended = {reason: success.labels(*self._values, reason) for reason in REASONS}
         rejected = self._counter_family("admission_rejections", "Requests refused with 503, by reason.", "reason")
@@ -82,6 +90,14 @@ class Metrics:
         self._preemptions.inc(stats.preemptions)
         self._prompt.inc(stats.prompt_tokens)
         self._generated.inc(stats.generated)
+        self._queries.inc(stats.prefix_queries)
+        self._hits.inc(stats.prefix_hits)
+        self._drafts.inc(stats.drafts)
+        self._drafted.inc(stats.drafted)
+        self._accepted.inc(stats.accepted)
+        self._seconds.inc(stats.seconds)
+        self._model.inc(stats.model_seconds)
+        self._prefix.inc(stats.prefix_seconds)
         if stats.tokens:
             self._iteration.observe(stats.tokens)
 
@@ -112,8 +128,8 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self._values)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self._values)
+    def _counter(self, name: str, text: str, whose: str = "vllm") -> Counter:
+        return Counter(f"{whose}:{name}", text, LABELS, registry=self.registry).labels(*self._values)
 
     def _counter_family(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"vllm:{name}", text, (*LABELS, label), registry=self.registry)

@@ -68,6 +68,8 @@ class GenerationRequest(Body):
     return_tokens_as_token_ids: bool | None = None
     request_id: Text | None = None
     user: Text | None = None
+    priority: Int64 = 0  # the lower goes first; of effect under --scheduling-policy priority alone, as in vLLM
+    cache_salt: Text | None = None
 
     use_beam_search: bool = False  # n is the beam's width then
     length_penalty: float | None = 1.0  # of a beam search alone

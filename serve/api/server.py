@@ -38,6 +38,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     generation_config: str = "auto"
     chat_template: str | None = None  # a file, or a template; None: the model's own
     trust_request_chat_template: bool = False
+    enable_prompt_tokens_details: bool = False
     enable_log_requests: bool = False
 
 
@@ -166,6 +167,7 @@ class _Life:
             self._client,
             keys=config.api_key,
             max_body_bytes=config.max_body_bytes,
+            prompt_details=config.enable_prompt_tokens_details,
             log_requests=config.enable_log_requests,
         )
         settings = uvicorn.Config(

@@ -20,6 +20,9 @@ from serve.errors import InvalidRequest
 
 Params = SamplingParams | BeamSearchParams
 
+MAX_SALT = 128  # characters of a cache_salt
+NOT_IN_SALT = frozenset("@/\\\0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -129,6 +132,13 @@ def _check(body: GenerationRequest, model: Model) -> None:
     sampling.refuse(body)
     if model.ready.source:
         _check_source(body)
+    salt = body.cache_salt
+    if salt is not None and (not 1 <= len(salt) <= MAX_SALT or not NOT_IN_SALT.isdisjoint(salt)):
+        raise InvalidRequest(
+            f"cache_salt must have 1 to {MAX_SALT} characters, none of them @, /, a backslash or NUL; "
+            f"got {salt[:50]!r}.",
+            "cache_salt",
+        )
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("Stream options can only be defined when `stream=True`.", "stream_options")
     if body.prompt_logprobs and body.stream:

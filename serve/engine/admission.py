@@ -58,6 +58,8 @@ class Admission:
             params=params,
             generate=message.generate,
             arrival=message.arrival,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
             limit=self._limit(len(prompt), params.max_tokens if message.generate else 0),
             whole=len(prompt) if self._source else 0,
         )
@@ -86,6 +88,7 @@ class Admission:
             params=SamplingParams(),
             beam=params,
             arrival=message.arrival,
+            priority=message.priority,
             limit=limit,
             whole=len(prompt),
             width=params.beam_width,

@@ -24,6 +24,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None  # None: from the memory that is free
     block_size: int = 16  # tokens a block
     seed: int = 0  # of the requests that bring no seed of their own
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"  # or "priority"
+    quantization: str | None = None  # or "int8"
+    batch_invariant: bool = False  # refuse to start where answers might depend on who shares the batch
+    speculative: int = 0  # tokens proposed a step, found by prompt lookup; 0: none
+    prompt_lookup_max: int = 5  # the longest and the shortest n-gram that is looked for
+    prompt_lookup_min: int = 5
 
 
 class Add(msgspec.Struct, tag="add", frozen=True):
@@ -34,6 +41,8 @@ class Add(msgspec.Struct, tag="add", frozen=True):
     params: SamplingParams  # its n is not looked at: the n sequences of a request are n of these (requests.children)
     arrival: float
     generate: bool = True  # False: nothing is drawn, the prompt's log-probabilities alone are wanted
+    priority: int = 0  # the lower goes first, where scheduling_policy is "priority"
+    cache_salt: str | None = None  # prefixes are found only by requests with the same salt
 
 
 class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +75,7 @@ class AddBeam(msgspec.Struct, tag="add_beam", frozen=True):
     prompt: list[int]
     params: BeamSearchParams
     arrival: float
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
@@ -157,6 +167,7 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True):
     error: str | None = None
     timings: Timings | None = None
     cumulative_logprob: float | None = None  # of all tokens, in nats; told where a beam search has compared it
+    cached: int = 0  # prompt tokens that were found in the prefix cache: told once, in the first output
 
 
 class Stats(msgspec.Struct, array_like=True):
@@ -169,6 +180,14 @@ class Stats(msgspec.Struct, array_like=True):
     prompt_tokens: int = 0  # of these, tokens of a prompt
     generated: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0  # tokens that were looked up in the prefix cache,
+    prefix_hits: int = 0  # and of these, found
+    prefix_seconds: float = 0.0  # spent on hashing and on looking up
+    seconds: float = 0.0  # of the whole step,
+    model_seconds: float = 0.0  # and of this, of the model
+    drafts: int = 0  # times that tokens were proposed,
+    drafted: int = 0  # the tokens,
+    accepted: int = 0  # and of these, those that the model agreed with
 
 
 class Step(msgspec.Struct, tag="step"):

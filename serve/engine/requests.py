@@ -31,6 +31,9 @@ class Request:
     arrival: float = 0.0
     output: list[int] = field(default_factory=list)
     limit: int = 1  # tokens of output, at most
+    draft: list[int] = field(default_factory=list)  # proposed to follow the known tokens; not known
+    priority: int = 0
+    cache_salt: str | None = None
 
     whole: int = 0  # so many tokens from the first are computed in one step or not at all: a source is no sequence
     width: int = 1  # seats it takes, and sequences that each step after its prompt computes: a beam has several
@@ -54,12 +57,13 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Known tokens [start : start + count]."""
+        """Tokens [start : start + count], of the known ones and the draft."""
         length = len(self.prompt)
+        following = self.output + self.draft if self.draft else self.output
         if start >= length:
-            return self.output[start - length : start - length + count]
+            return following[start - length : start - length + count]
         part = self.prompt[start : start + count]
-        return part + self.output[: count - len(part)]
+        return part + following[: count - len(part)]
 
 
 @dataclass(eq=False, kw_only=True)

@@ -38,8 +38,10 @@ class Share(NamedTuple):
 
     @property
     def catches_up(self) -> bool:
-        """All known tokens are computed after this step: it yields the logits of the next one."""
-        return self.start + self.length == self.request.known
+        """All known tokens are computed after this step: it yields the logits of the next one, and of those after
+        each token of the draft that it covers.
+        """
+        return self.start + self.length >= self.request.known
 
 
 class Scheduler:
@@ -85,6 +87,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
+                del request.draft[max(0, request.computed + count - request.known) :]
                 shares.append(Share(request, request.computed, count))
                 left -= cost
                 index += 1
@@ -106,9 +109,14 @@ class Scheduler:
             seated += request.width
         return shares
 
-    def computed(self, share: Share) -> None:
-        """The step has run: what was scheduled is in the cache."""
-        share.request.computed = share.start + share.length
+    def computed(self, share: Share, kept: int | None = None) -> None:
+        """The step has run: what was scheduled is in the cache. Of the share's tokens the first `kept` hold (None: all
+        of them); the rest were a draft that came otherwise. The draft is gone after this. To be called before or after
+        the tokens that were drawn are added to the output.
+        """
+        request = share.request
+        request.computed = share.start + (share.length if kept is None else kept)
+        request.draft.clear()
 
     def finish(self, request: Request) -> None:
         """Ends a request wherever it stands; its blocks are free at once."""
@@ -123,6 +131,7 @@ class Scheduler:
         self.running.remove(request)
         self.blocks.release(request.table)
         request.computed = 0
+        request.draft.clear()
         request.status = Status.WAITING
         request.preemptions += 1
         self.preemptions += 1
@@ -132,5 +141,5 @@ class Scheduler:
 def _affordable(request: Request, left: int) -> tuple[int, int]:
     """How many of its known tokens can be computed with `left` of the budget, and what of it they take."""
     each = request.width if request.computed else 1  # a beam parts after its prompt
-    count = min(request.known - request.computed, left // each)
+    count = min(request.known + len(request.draft) - request.computed, left // each)
     return (count, count * each) if request.computed + count >= request.whole else (0, 0)
