@@ -24,7 +24,7 @@ help: ## list these commands
 
 install: $(STAMP) ## make .venv and install everything (TORCH_INDEX=URL for another torch build)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard serve/engine/kernels/*.[ch])
 	@test -n "$(PYTHON)" || { echo "Heed needs Python 3.11, 3.12 or 3.13, and none is on the PATH: install one, or name it with PYTHON=/path/to/python3."; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >$(VENV).log 2>&1 || { rm -rf $(VENV); \
 		echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian: apt install python3-venv). It said: $$(tail -n 1 $(VENV).log)"; exit 2; }
@@ -91,5 +91,5 @@ figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/re
 	$(PY) scripts/figures.py
 
 clean: ## remove what was built and cached (runs/ and .venv stay)
-	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info serve/engine/kernels/*.so .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+#include "common.h"
+
+API int heed_width(void) { return WIDTH; }

@@ -1,0 +1,103 @@
+"""Finds, chooses and loads the compiled kernels.
+
+setup.py compiles the C files of this folder once for each instruction set: `_portable`, `_avx2`, `_avx512`. The first
+of them, best first, that was built and that this processor can run is loaded, with ctypes: kernels take pointers,
+sizes and strides, and know neither Python nor torch.
+
+To add a function: write it in a C file here (marked API, named heed_*), give its parameters in SIGNATURES, and call it
+as `kernels.call.heed_name(...)`; a pointer is `tensor.data_ptr()`. Functions return nothing. They check nothing: the
+Python that wraps them checks dtype, device, shape and strides, once where it can.
+
+HEED_KERNELS=off does without them, HEED_KERNELS=portable|avx2|avx512 takes that variant or none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+# What each variant needs of the processor, best first. Names as Linux spells them in /proc/cpuinfo.
+AVX2 = frozenset({"avx2", "fma", "f16c"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
+NEEDS: dict[str, frozenset[str]] = {"avx512": AVX512, "avx2": AVX2, "portable": frozenset()}
+
+P, I, F = c_void_p, c_int64, c_float  # a pointer, a whole number (int64_t in C), a float
+SIGNATURES: dict[str, tuple[Any, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One loaded library. `call` has a function for each of SIGNATURES."""
+
+    variant: str
+    call: Any
+
+
+def available() -> str | None:
+    """The variant that `current` takes, or None where there is none."""
+    kernels = current()
+    return kernels.variant if kernels else None
+
+
+def current() -> Kernels | None:
+    """The kernels to use: the best variant, or what HEED_KERNELS says."""
+    wanted = os.environ.get("HEED_KERNELS", "")
+    if wanted == "off":
+        return None
+    for variant in [wanted] if wanted else NEEDS:
+        if kernels := load(variant):
+            return kernels
+    return None
+
+
+@functools.cache
+def load(variant: str) -> Kernels | None:
+    """This variant, or None where it was not built or where the processor or the linker refuses it."""
+    if variant not in NEEDS:
+        raise ValueError(f"HEED_KERNELS is {variant!r}; it can be off, {', '.join(NEEDS)}.")
+    if not NEEDS[variant] <= _cpu_flags():
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        file = Path(__file__).with_name(f"_{variant}{suffix}")
+        if not file.is_file():
+            continue
+        try:
+            _share_openmp()
+            library = ctypes.CDLL(str(file))
+            for name, parameters in SIGNATURES.items():
+                function = getattr(library, name)
+                function.argtypes, function.restype = parameters, None
+        except (OSError, AttributeError):  # no OpenMP to resolve against, or built from other sources
+            return None
+        return Kernels(variant, library)
+    return None
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _share_openmp() -> None:
+    """Makes torch's OpenMP the one that the kernels use, by making its names visible to what is loaded next.
+
+    A wheel has it as torch/lib/libgomp.so.1, or with a hash in its name and perhaps in torch.libs; a distribution's
+    torch uses the system's. What is loaded already is what torch uses.
+    """
+    import torch  # loads it
+
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    files = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line.rsplit("/", 1)[-1]}
+    near = str(Path(torch.__file__).parent)
+    for file in sorted(files, key=lambda file: not file.startswith(near))[:1]:
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
