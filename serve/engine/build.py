@@ -6,9 +6,8 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import torch
 
 from lm import pretrained
@@ -17,6 +16,7 @@ from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine import rows
 from serve.engine.engine import Engine, in_rows
+from serve.engine.memory import SetupError, ran_out, size_cache, step_budget
 from serve.engine.messages import Add, EngineConfig, Ready
 from serve.engine.pages import Pages
 
@@ -27,12 +27,6 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-# Of the memory that is free when the weights are loaded, the most that the cache takes unless told otherwise.
-FREE_SHARE = 0.4
-
-
-class SetupError(ValueError):
-    """The engine cannot be as asked: one sentence that says what would do."""
 
 
 def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Engine, Ready]:
@@ -47,7 +41,9 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
     try:
         model = pretrained.load(config.folder, dtype, device)
         tokenizer = tokenizer or pretrained.load_tokenizer(config.folder)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
     _check_vocabulary(model.config)
     loaded = time.perf_counter()
@@ -130,66 +126,6 @@ def bytes_per_block(model: Any, size: int, dtype: torch.dtype) -> int:
     if in_rows(model):
         return 2 * size * rows.bytes_per_token(model, config.context)
     return Pages.bytes_per_block(layers=config.layers, kv_heads=config.kv, dim=config.dim, size=size, dtype=dtype)
-
-
-class CacheSize(NamedTuple):
-    """The longest sequence, the blocks (with the null block), and a sentence where one might have expected more."""
-
-    max_model_len: int
-    blocks: int
-    note: str | None
-
-
-def size_cache(context: int, per_block: int, config: EngineConfig, device: str, *, sides: int = 1) -> CacheSize:
-    """The cache that was asked for, or what the free memory allows, in blocks of `per_block` bytes.
-
-    A single sequence of max_model_len tokens always fits (`sides` is 2 for a source and a target of that length).
-    Where it does not, a length that was asked for is refused with what would do, and one that was not is shortened.
-    """
-    longest = config.max_model_len or context
-    if longest > context:
-        raise SetupError(f"--max-model-len is {longest}; the model was made for {context} tokens at most.")
-    size = config.block_size
-    alone = -(-sides * longest // size)
-    if config.kv_cache_memory_bytes is not None:
-        available, source = config.kv_cache_memory_bytes, f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}"
-    else:
-        available, source = int(FREE_SHARE * free_bytes(device)), "the memory that is free"
-    fits = available // per_block - 1  # one block is the null block
-    blocks = min(fits, alone * config.max_num_seqs)
-    if blocks >= alone:
-        return CacheSize(longest, blocks + 1, None)
-    shorter = max(fits, 0) * size // sides
-    if config.max_model_len is not None or shorter < 1:
-        needed = (alone + 1) * per_block
-        instead = f", or --max-model-len {shorter}" if shorter >= 1 else ""
-        raise SetupError(
-            f"A sequence of {longest} tokens needs a cache of {needed} bytes and {source} allows {available}: "
-            f"pass --kv-cache-memory-bytes {needed}{instead}."
-        )
-    note = f"max_model_len is {shorter} and not the model's {longest}: {source} holds no more."
-    return CacheSize(shorter, blocks + 1, note)
-
-
-def step_budget(max_model_len: int, config: EngineConfig, *, whole: bool) -> tuple[int, str | None]:
-    """--max-num-batched-tokens, but never less than the longest source where sources are computed whole."""
-    asked = config.max_num_batched_tokens
-    if not whole or asked >= max_model_len:
-        return asked, None
-    return max_model_len, f"max_num_batched_tokens is {max_model_len} and not {asked}: a source is read in one step."
-
-
-def free_bytes(device: str) -> int:
-    """Memory that can still be taken: the device's, or the machine's within the limit of its control group."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
 
 
 def eos_token_ids(folder: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:

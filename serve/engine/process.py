@@ -99,10 +99,9 @@ def main(argv: list[str]) -> int:
 
 def _serve(channel: Channel) -> None:
     # Imported here: `spawn` is called by a process that never loads torch.
-    import torch
-
     from lm import pretrained
     from serve.engine.build import build
+    from serve.engine.memory import ran_out
     from serve.engine.words import pack
 
     configure, *early = channel.receive(wait=True)
@@ -111,13 +110,13 @@ def _serve(channel: Channel) -> None:
         tokenizer = pretrained.load_tokenizer(configure.config.folder)
         channel.send(pack(tokenizer))
         engine, ready = build(configure.config, tokenizer)
-    except (MemoryError, torch.OutOfMemoryError):
-        channel.send(Failed(OUT_OF_MEMORY))
-        return
-    except (
-        ValueError
-    ) as error:  # FolderError, TokenizerError, SetupError: sentences for the person who starts the server
+    except ValueError as error:  # FolderError, TokenizerError, SetupError: sentences for who starts the server
         channel.send(Failed(str(error)))
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        channel.send(Failed(OUT_OF_MEMORY))
         return
     channel.send(ready)
     while True:
