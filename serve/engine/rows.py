@@ -60,7 +60,7 @@ class RowsRunner:
         if len(rows) < len(stepped):
             logits = logits[rows]
         sound = torch.isfinite(logits.sum(dim=-1)).tolist()
-        return Forward([stepped[row] for row in rows], logits, sound, iter(()))
+        return Forward([stepped[row] for row in rows], [1] * len(rows), logits, sound, iter(()))
 
     def tidy(self) -> None:
         """See Runner."""
