@@ -1,17 +1,15 @@
 """From logits to a token: the arithmetic of what a request asks (lm.params), a whole batch at a time.
 
-The order is vLLM's: logit bias, minimum length, repetition, frequency and presence penalties (`adjust`); then
-temperature, min-p, top-k, top-p and the draw (`sample`). A draw is one uniform number put through the inverse of the
-cumulative distribution, and that number is a pure function of (seed, index of the token): a request's sample does not
-depend on who shares its batch.
+The order is vLLM's: what lm.adjust does; then temperature, min-p, top-k, top-p and the draw (`sample`). A draw is one
+uniform number put through the inverse of the cumulative distribution, and that number is a pure function of (seed,
+index of the token): a request's sample does not depend on who shares its batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +18,8 @@ from lm.params import SamplingParams
 
 LOWEST_TEMPERATURE = 1e-2  # a smaller one, if it is not greedy, is raised to this
 SHORTLIST = 64
+BLOCK = 256  # tokens whose probabilities are summed up before one of them is looked for
+CELLS = 400_000  # logits that are worked on at a time: what fits a core's cache
 
 
 class Uniforms:
@@ -33,112 +33,106 @@ class Uniforms:
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-@dataclass
-class Row:
-    """One sequence of a batch, as far as `adjust` needs it."""
-
-    params: SamplingParams
-    prompt: Sequence[int]
-    output: Sequence[int]
-
-
-def adjust(logits: Tensor, rows: Sequence[Row], stop_ids: Collection[int] = ()) -> Tensor:
-    """logits fp32 [R, V] -> [R, V], bias and penalties applied; `stop_ids` (EOS) cannot be drawn before a row's
-    min_tokens.
-
-    The tensor that was given is left as it is, and is returned where there is nothing to do.
-    """
-    biases: list[tuple[int, int, float]] = []
-    banned: list[tuple[int, int]] = []
-    penalised = []
-    for r, row in enumerate(rows):
-        params = row.params
-        if params.logit_bias:
-            biases += [(r, token, max(-100.0, min(100.0, bias))) for token, bias in params.logit_bias.items()]
-        if len(row.output) < params.min_tokens:
-            banned += [(r, token) for token in {*stop_ids, *params.stop_token_ids}]
-        if params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0:
-            penalised.append(r)
-    if not (biases or banned or penalised):
-        return logits
-    logits, device = logits.clone(), logits.device
-    if banned:
-        r_, token_ = torch.tensor(banned, device=device).T
-        logits[r_, token_] = -torch.inf
-    if biases:
-        at = torch.tensor([(r, token) for r, token, _ in biases], device=device).T
-        logits.index_put_((at[0], at[1]), torch.tensor([b for *_, b in biases], device=device), accumulate=True)
-    for r in penalised:
-        params, output = rows[r].params, torch.tensor(rows[r].output, dtype=torch.int64, device=device)
-        line = logits[r]
-        if params.repetition_penalty != 1:
-            seen = torch.cat((torch.tensor(rows[r].prompt, dtype=torch.int64, device=device), output)).unique()
-            value = line[seen]
-            line[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
-        if len(output) and (params.frequency_penalty != 0 or params.presence_penalty != 0):
-            tokens, counts = output.unique(return_counts=True)
-            line[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-    return logits
-
-
 def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """One token a row: logits fp32 [R, V], a uniform in [0, 1) a row -> int64 [R]."""
-    if all(p.greedy for p in params):
+    greedy = [r for r, p in enumerate(params) if p.greedy]
+    if len(greedy) == len(params):
         return logits.argmax(dim=-1)
-    device = logits.device
-    greedy = torch.tensor([p.greedy for p in params], device=device)
-    temperature = torch.tensor(
-        [1.0 if p.greedy else max(p.temperature, LOWEST_TEMPERATURE) for p in params], device=device
-    )
-    logits = logits / temperature.unsqueeze(1)
-    draw = torch.tensor(uniforms, dtype=torch.float64, device=device)
-    tokens = logits.argmax(dim=-1)
-    whole = [r for r, p in enumerate(params) if not p.greedy and not p.filters]
-    if whole:
-        tokens[whole] = _inverse_cdf(logits[whole].softmax(dim=-1), draw[whole])
-    part = [r for r, p in enumerate(params) if not p.greedy and p.filters]
-    if part:
-        tokens[part] = _draw_filtered(logits[part], [params[r] for r in part], draw[part])
-    return torch.where(greedy, logits.argmax(dim=-1), tokens) if greedy.any() else tokens
+    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    if greedy:
+        rows = torch.tensor(greedy, device=logits.device)
+        tokens[rows] = logits[rows].argmax(dim=-1)
+    at_once = max(1, CELLS // logits.shape[1])
+    for filters in (False, True):
+        drawn = [r for r, p in enumerate(params) if not p.greedy and p.filters == filters]
+        for first in range(0, len(drawn), at_once):
+            few = drawn[first : first + at_once]
+            rows = torch.tensor(few, device=logits.device)
+            asked = [params[r] for r in few]
+            temperature = torch.tensor([max(p.temperature, LOWEST_TEMPERATURE) for p in asked], device=logits.device)
+            probabilities = (logits[rows] / temperature.unsqueeze(1)).softmax(dim=-1)
+            uniform = torch.tensor([uniforms[r] for r in few], dtype=torch.float64, device=logits.device)
+            tokens[rows] = _draw_filtered(probabilities, asked, uniform) if filters else _draw(probabilities, uniform)
+    return tokens
 
 
-def _inverse_cdf(probabilities: Tensor, draw: Tensor) -> Tensor:
-    """The index at which the running sum first exceeds draw x total: probabilities [R, K], draw [R] -> int64 [R]."""
-    running = probabilities.double().cumsum(dim=-1)
-    index = torch.searchsorted(running, (draw * running[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    # Rounding may point past the end, or at a token of no probability: the last one that has some is meant then.
-    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1)
-    return torch.minimum(index, last)
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One of all tokens a row: [R, V], [R] -> int64 [R]. First the block that it is in, then the token in the block."""
+    vocabulary, device = probabilities.shape[1], probabilities.device
+    whole = vocabulary // BLOCK * BLOCK
+    sums = probabilities[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1) if whole else probabilities[:, :0]
+    if whole < vocabulary:
+        sums = torch.cat((sums, probabilities[:, whole:].sum(dim=-1, keepdim=True)), dim=1)
+    block, inside = _inverse_cdf(sums, uniform)
+    token = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=device)
+    weights = probabilities.gather(1, token.clamp(max=vocabulary - 1)) * (token < vocabulary)
+    return block * BLOCK + _inverse_cdf(weights, inside)[0]
 
 
-def _draw_filtered(logits: Tensor, params: Sequence[SamplingParams], draw: Tensor, length: int | None = None) -> Tensor:
-    """min-p, top-k and top-p on a shortlist of the `length` likeliest tokens; a row whose share is not inside it gets a
-    longer one, for itself alone: who shares the batch must not decide between tokens of equal probability.
-
-    A full sort of a 49,152-token vocabulary costs fifty times what the first 64 cost, and they nearly always suffice.
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The index at which the running sum first exceeds uniform x total, and what share of that index's own weight has
+    been passed then: weights [R, K], uniform fp64 [R] -> int64 [R], fp64 [R].
     """
-    vocabulary, device = logits.shape[1], logits.device
-    length = min(length or SHORTLIST, vocabulary)
+    running = weights.double().cumsum(dim=-1)
+    target = (uniform * running[:, -1]).unsqueeze(1)
+    index = torch.searchsorted(running, target, right=True)
+    # Rounding may point past the end, or at a token of no weight: the last one that has some is meant then.
+    last = (weights > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
+    index = torch.minimum(index, last)
+    own = weights.gather(1, index).double()
+    share = (target - running.gather(1, index) + own) / own
+    return index.squeeze(1), share.squeeze(1).clamp(0, 1)
+
+
+def _draw_filtered(probabilities: Tensor, params: Sequence[SamplingParams], uniform: Tensor) -> Tensor:
+    """min-p, top-k and top-p: [R, V], [R] -> int64 [R]. From the SHORTLIST likeliest tokens of each row; a row whose
+    share is not inside them is looked at by itself: who shares the batch must not decide between equals.
+
+    A full sort of a 49,152-token vocabulary costs fifty times what the first 64 cost, and they mostly suffice.
+    """
+    vocabulary, device = probabilities.shape[1], probabilities.device
+    length = min(SHORTLIST, vocabulary)
     limits = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
     top_k = torch.tensor(limits, device=device).unsqueeze(1)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
     min_p = torch.tensor([p.min_p for p in params], device=device).unsqueeze(1)
-    probabilities = logits.softmax(dim=-1)
-    floor = min_p * probabilities.amax(dim=-1, keepdim=True)
-    mass = torch.where(probabilities >= floor, probabilities, 0).double().sum(dim=-1, keepdim=True)  # what min-p leaves
 
     listed, index = probabilities.topk(length, dim=-1)
+    floor, least = min_p * listed[:, :1], listed[:, -1:]
+    # Whether min-p and top-k leave no token that is not in the list. Otherwise, where neither is asked for, the whole
+    # is 1, and is not known to less than rounding.
+    complete = (top_k <= length) | (least < floor) | (least == 0)
+    if length == vocabulary:
+        complete = torch.ones_like(complete)
+    unbounded = (top_k == vocabulary) & (min_p == 0)
     listed = torch.where((listed >= floor) & (torch.arange(length, device=device) < top_k), listed, 0)
     running = listed.double().cumsum(dim=-1)
     here = running[:, -1:]
-    # Where top-k ends inside the list, its own sum is the whole; without top-k the whole is all that min-p leaves.
-    total = torch.where(top_k <= length, here, mass)
-    kept = listed.where(running - listed < top_p * total, 0)  # a token stays while those before it do not reach top-p
-    tokens = index.gather(1, _inverse_cdf(kept, draw).unsqueeze(1)).squeeze(1)
+    goal = top_p * torch.where(complete, here, 1.0)
+    kept = listed.where(running - listed < goal, 0)  # a token stays while those before it do not reach top-p
+    tokens = index.gather(1, _inverse_cdf(kept, uniform)[0].unsqueeze(1)).squeeze(1)
 
-    known = (top_k <= length) | (top_k == vocabulary)
-    enough = ((known & (here >= top_p * total)) | (here >= mass * (1 - 1e-9))).squeeze(1)
-    if length < vocabulary and not bool(enough.all()):
-        more = [r for r, done in enumerate(enough.tolist()) if not done]
-        tokens[more] = _draw_filtered(logits[more], [params[r] for r in more], draw[more], 8 * length)
+    enough = (complete | (unbounded & (here >= goal))).squeeze(1).tolist()
+    for row, good in enumerate(enough):
+        if not good:
+            tokens[row] = _draw_long(probabilities[row], params[row], uniform[row])
     return tokens
+
+
+def _draw_long(probabilities: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
+    """The same for one row [V], whatever it keeps; sorted is what the filters may leave, and no more."""
+    vocabulary = len(probabilities)
+    floor = params.min_p * float(probabilities.max())
+    if params.top_k > 0:
+        listed, index = probabilities.topk(min(params.top_k, vocabulary))
+        listed = torch.where(listed >= floor, listed, 0)
+    else:
+        if params.min_p == 0:  # less than half of what top-p leaves out is below this, however many those are
+            floor = (1 - params.top_p) / (2 * vocabulary)
+        index = (probabilities >= floor).nonzero().squeeze(1)
+        listed, order = probabilities[index].sort(descending=True, stable=True)
+        index = index[order]
+    running = listed.double().cumsum(dim=-1)
+    total = float(running[-1]) if params.top_k > 0 or params.min_p > 0 else 1.0
+    kept = listed.where(running - listed < params.top_p * total, 0)
+    return index[_inverse_cdf(kept.unsqueeze(0), uniform.unsqueeze(0))[0]].squeeze(0)

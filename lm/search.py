@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.sampling import Row, SamplingParams, Uniforms, adjust, sample
+from lm.adjust import Row, adjust
+from lm.sampling import SamplingParams, Uniforms, sample
 from lm.trace import AttentionTrace
 
 

@@ -13,7 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lm.sampling
-from lm.sampling import Row, SamplingParams, Uniforms, adjust, sample
+from lm.adjust import Row, adjust
+from lm.params import RepetitionDetectionParams
+from lm.sampling import SamplingParams, Uniforms, sample
 
 GRID = 4000
 
@@ -75,12 +77,13 @@ def test_exactly_the_kept_tokens_are_drawn_with_their_shares(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     kept, margin = reference(logits, params)
     assume(margin > 1e-6 or min_p == 1.0)
-    assume(kept[-1][0] > 2 / GRID)  # else the grid may step over it
+    grid = GRID if shortlist > 3 else GRID // 10  # rows that need more than the shortlist are drawn one by one
+    assume(kept[-1][0] > 2 / grid)  # else the grid may step over it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.sampling, "SHORTLIST", shortlist)
-        counts = drawn(logits, params)
+        counts = drawn(logits, params, grid)
     ours = sorted(((counts[token], logits[token]) for token in counts), key=lambda pair: (pair[1], pair[0]))
-    expected = sorted(((share * GRID, logits[token]) for share, token in kept), key=lambda pair: (pair[1], pair[0]))
+    expected = sorted(((share * grid, logits[token]) for share, token in kept), key=lambda pair: (pair[1], pair[0]))
     assert [value for _, value in ours] == [value for _, value in expected]
     assert [count for count, _ in ours] == pytest.approx([count for count, _ in expected], abs=2)
 
@@ -216,25 +219,93 @@ LOGITS = [1.0, -1.0, 0.5, 2.0, -3.0]
         ({"min_tokens": 3}, LOGITS),  # three were generated already
         ({"min_tokens": 4, "stop_token_ids": (0,)}, [-math.inf, -1.0, 0.5, 2.0, -math.inf]),
         ({"min_tokens": 4, "logit_bias": {4: 50.0}}, [1.0, -1.0, 0.5, 2.0, -math.inf]),
+        ({"allowed_token_ids": [3, 0]}, [1.0, -math.inf, -math.inf, 2.0, -math.inf]),
+        # A bias and a penalty work on what is allowed, and bring nothing back.
+        (
+            {"allowed_token_ids": (1, 3), "logit_bias": {3: 1.0, 0: 9.0}, "presence_penalty": 0.5},
+            [-math.inf, -1.5, -math.inf, 2.5, -math.inf],
+        ),
     ],
     ids=str,
 )
 def test_bias_and_penalties_by_hand(options: dict[str, Any], expected: list[float]) -> None:
     logits = torch.tensor([LOGITS, LOGITS])
-    given = logits.clone()
     asked, plain = SamplingParams(**options), SamplingParams()
     adjusted = adjust(logits, [Row(asked, [0, 1], [3, 1, 3]), Row(plain, [0, 1], [3, 1, 3])], stop_ids=[4])
     assert adjusted[0].tolist() == pytest.approx(expected)
     assert adjusted[1].tolist() == LOGITS
-    assert torch.equal(logits, given)
+    assert adjusted is logits
 
 
 def test_nothing_generated_is_nothing_penalised_but_the_prompt() -> None:
     logits = torch.tensor([LOGITS])
     frequency = SamplingParams(frequency_penalty=1.0, presence_penalty=1.0)
-    assert torch.equal(adjust(logits, [Row(frequency, [0, 3], [])]), logits)
+    assert adjust(logits, [Row(frequency, [0, 3], [])]).tolist() == [LOGITS]
     repetition = adjust(logits, [Row(SamplingParams(repetition_penalty=2.0), [3], [])])
     assert repetition.tolist() == [[1.0, -1.0, 0.5, 1.0, -3.0]]
+
+
+@pytest.mark.parametrize(
+    ("output", "banned"),
+    [([], [2]), ([3], [2, 0]), ([3, 0], [2]), ([4, 1], [2]), ([1, 3], [2, 4, 0]), ([0, 1, 3], [2, 4, 0])],
+    ids=str,
+)
+def test_the_token_that_would_complete_a_bad_word_is_banned(output: list[int], banned: list[int]) -> None:
+    """The prompt's own tokens begin no word: as in vLLM, the output alone is looked at."""
+    bad = [(2,), (3, 0), (1, 3, 4)]
+    for split in range(len(output) + 1):  # the same with some of the output only supposed
+        row = Row(SamplingParams(), [3, 1], output[:split], bad).ahead(output[split:])
+        (adjusted,) = adjust(torch.tensor([LOGITS]), [row]).tolist()
+        assert [token for token, value in enumerate(adjusted) if value == -math.inf] == sorted(banned)
+
+
+PENALTIES = st.builds(
+    SamplingParams,
+    repetition_penalty=st.sampled_from([1.0, 0.5, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, -0.5, 0.75]),
+    presence_penalty=st.sampled_from([0.0, 0.25]),
+    min_tokens=st.integers(0, 9),
+    logit_bias=st.sampled_from([None, {2: 1.0, 5: -2.0}]),
+    allowed_token_ids=st.sampled_from([None, (0, 2, 5, 7)]),
+)
+IDS = st.lists(st.integers(0, 7), max_size=9)
+
+
+def penalised(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """`adjust` of one row in plain Python, counting everything anew."""
+    made = []
+    for token, value in enumerate(logits):
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            value = -math.inf
+        if len(output) < params.min_tokens and token == 6:
+            value = -math.inf
+        value += (params.logit_bias or {}).get(token, 0.0)
+        if token in prompt or token in output:
+            penalty = params.repetition_penalty
+            value = value / penalty if value > 0 else value * penalty
+        times = output.count(token)
+        made.append(value - params.frequency_penalty * times - params.presence_penalty * (times > 0))
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(PENALTIES, IDS, IDS, IDS), min_size=1, max_size=4))
+def test_penalties_count_as_the_output_grows_and_as_if_it_did(
+    batch: list[tuple[SamplingParams, list[int], list[int], list[int]]],
+) -> None:
+    logits = torch.randn(len(batch), 8, generator=torch.Generator().manual_seed(4))
+    outputs: list[list[int]] = [[] for _ in batch]
+    rows = [Row(params, prompt, output) for (params, prompt, *_), output in zip(batch, outputs, strict=True)]
+    for length in range(10):
+        for output, (_, _, whole, _) in zip(outputs, batch, strict=True):
+            output[:] = whole[:length]
+        for ahead in (0, 2):
+            more = [draft[:ahead] for *_, draft in batch]
+            adjusted = adjust(logits.clone(), [row.ahead(m) for row, m in zip(rows, more, strict=True)], stop_ids=[6])
+            for line, found, (params, prompt, *_), output, m in zip(
+                logits.tolist(), adjusted.tolist(), batch, outputs, more, strict=True
+            ):
+                assert found == pytest.approx(penalised(line, params, prompt, output + m), abs=1e-5)
 
 
 # ------------------------------------------------------------ what a request may ask
@@ -265,6 +336,14 @@ def test_nothing_generated_is_nothing_penalised_but_the_prompt() -> None:
         ({"stop": ("a", "")}, "stop cannot contain an empty string."),
         ({"logprobs": -2}, "logprobs must be non-negative or -1, got -2."),
         ({"prompt_logprobs": -2}, "prompt_logprobs must be non-negative or -1, got -2."),
+        ({"allowed_token_ids": []}, "allowed_token_ids cannot be empty; None allows all."),
+        ({"bad_words": ["a", ""]}, "bad_words cannot contain an empty string."),
+        ({"stop": "a", "detokenize": False}, "stop strings need detokenize, which is False."),
+        ({"logprob_token_ids": [1, 2]}, "logprobs must be 2, the number of logprob_token_ids, got None."),
+        (
+            {"logprob_token_ids": range(129), "logprobs": 129},
+            "logprob_token_ids must have 1 to 128 ids, got 129.",
+        ),
     ],
     ids=str,
 )
@@ -278,3 +357,30 @@ def test_the_edges_may_be_asked() -> None:
     SamplingParams(n=3, temperature=2.0, top_p=1.0, top_k=-1, min_p=1.0, presence_penalty=-2.0, frequency_penalty=2.0)
     SamplingParams(max_tokens=None, min_tokens=10**6, logprobs=-1, prompt_logprobs=0, seed=-1, stop=("a",))
     assert replace(SamplingParams(top_k=-1)).filters is False
+
+
+def test_values_may_be_given_as_vllm_takes_them() -> None:
+    params = SamplingParams(stop="end", stop_token_ids=[3, 4, 3], bad_words=["a", "a"], logit_bias={"7": 1.0})
+    assert (params.stop, params.stop_token_ids, params.bad_words) == (("end",), (3, 4), ("a",))
+    assert params.logit_bias == {7: 1.0}
+    assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()
+    params.max_tokens = 0  # set later, it is looked at when it is used
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        replace(params)
+
+
+def test_a_loop_is_found_where_it_is_one() -> None:
+    def found(output: list[int], low: int, high: int, count: int) -> bool:
+        asked = RepetitionDetectionParams(min_pattern_size=low, max_pattern_size=high, min_count=count)
+        return asked.found(output)
+
+    assert found([9, 1, 2, 1, 2, 1, 2], 0, 2, 3)
+    assert not found([9, 1, 2, 1, 2, 1, 2], 0, 2, 4)
+    assert not found([1, 2, 1, 2, 1], 1, 1, 2)
+    assert found([5, 5], 0, 1, 2)
+    assert found([1, 2, 3, 1, 2, 3], 3, 8, 2)
+    assert not found([1, 2, 3, 1, 2, 3], 4, 8, 2)
+    assert not found([1, 1, 1], 0, 0, 0)
+    for values in ((2, 1, 2), (-1, 1, 2), (0, 1, 1)):
+        with pytest.raises(ValueError, match="repetition_detection needs"):
+            found([], *values)
