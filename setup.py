@@ -17,8 +17,9 @@ FOLDER = "serve/engine/kernels"
 # -fopenmp compiles the pragmas, and nothing links an OpenMP library: the names are resolved in torch's own, so that
 # there is one pool of threads. No contraction: where a multiplication and an addition are one operation, the source
 # says so, and a result does not depend on what the compiler saw beside it.
-FLAGS = ["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-VARIANTS = {"portable": []}
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+VARIANTS: dict[str, list[str]] = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     VARIANTS["avx512"] = [

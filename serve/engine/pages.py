@@ -1,51 +1,63 @@
-"""The KV cache as tensors, and attention over it: the `attend` policy of a flattened batch.
+"""The KV cache as tensors: for each layer the keys and the values of all blocks.
 
-A layer's keys are one tensor [KV, blocks, size, D], likewise its values: gathering the blocks of a sequence gives
-[KV, S, D] without a transposition. A batch of N rows (tokens of many sequences, one after the other) has two kinds:
-
-- single rows (decoding, or the last token of a prompt): together. The query heads that share a KV head are given as
-  query rows of that head, so the keys are read once and never repeated;
-- chunks of a prompt: one sequence at a time, through the fused kernel, without touching the cache where the chunk is
-  all there is.
+With the C kernels (a CPU, float32 or bfloat16), keys are [KV, blocks, D, size], so that a register holds neighbouring
+keys, and paged.py attends; without them keys are [KV, blocks, size, D] and paged_torch.py attends. Values are
+[KV, blocks, size, D] in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lm.attention import may_attend
 from lm.decoder import DecoderLM
-from serve.engine.blocks import NULL
+from serve.engine import kernels
+from serve.engine.kernels import Kernels
+from serve.engine.kernels.attention import CELL, MAX_DIM
+from serve.engine.paged import PagedAttend
+from serve.engine.paged_torch import TorchAttend
 from serve.engine.scheduler import Share
 
-FEWEST = 8  # blocks: tables up to this length are attended together, longer ones with those of up to twice their length
+SPARE = 64  # bytes after the last cell: a register is loaded whole, also for a row that does not fill it
+
+
+class Attend(Protocol):
+    """attend(layer, q [N, H, D], k [N, KV, D], v [N, KV, D]) -> [N, H, D]: one step's policy (see lm.decoder)."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class Pages:
-    """The cache: `layers` layers of `blocks` blocks of `size` tokens. Zeroed: what is masked must still be a number."""
+    """The cache: `layers` layers of `blocks` blocks of `size` tokens, zeroed.
+
+    `kernels`: what attends, None: torch. Given "best", it is the best that runs here and fits the sizes. Through
+    kernels, what a sequence gets is the same to the bit whoever shares the batch, however it is cut into steps.
+    """
 
     def __init__(
         self,
         *,
         layers: int,
+        heads: int,
         kv_heads: int,
         dim: int,
         blocks: int,
         size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        kernels: Kernels | str | None = "best",
     ) -> None:
+        self.heads, self.kv_heads, self.dim, self.blocks, self.size = heads, kv_heads, dim, blocks, size
+        self.dtype, self.device = dtype, torch.device(device)
+        self.kernels = best_kernels(dim, size, dtype, self.device) if isinstance(kernels, str) else kernels
         shape = (kv_heads, blocks, size, dim)
-        self.size = size
-        self.device = torch.device(device)
-        self.keys = [_zeros(shape, dtype, self.device) for _ in range(layers)]
+        transposed = (kv_heads, blocks, dim, size)
         self.values = [_zeros(shape, dtype, self.device) for _ in range(layers)]
+        self.keys = [_zeros(transposed if self.kernels else shape, dtype, self.device) for _ in range(layers)]
 
     @classmethod
     def of(cls, model: DecoderLM, *, blocks: int, size: int) -> Pages:
@@ -53,6 +65,7 @@ class Pages:
         config, weight = model.config, next(model.parameters())
         return cls(
             layers=config.layers,
+            heads=config.heads,
             kv_heads=config.kv,
             dim=config.dim,
             blocks=blocks,
@@ -65,18 +78,9 @@ class Pages:
     def bytes_per_block(*, layers: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype) -> int:
         return 2 * layers * kv_heads * size * dim * dtype.itemsize
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v [N, KV, D] into slots int64 [N], slot = block * size + offset."""
-        self.keys[layer].flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1))
-        self.values[layer].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1))
-
-    def gather(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """tables int64 [R, n] -> keys and values [KV, R, n * size, D]."""
-        keys, values = self.keys[layer], self.values[layer]
-        rows, length = tables.shape
-        shape = (keys.shape[0], rows, length * self.size, keys.shape[3])
-        flat = tables.flatten()
-        return keys.index_select(1, flat).view(shape), values.index_select(1, flat).view(shape)
+    def attend(self, windows: Sequence[int | None], shares: Sequence[Share]) -> Attend:
+        """The policy of a step over these shares, whose blocks are allotted. windows: of each layer, None: no limit."""
+        return PagedAttend(self, windows, shares) if self.kernels else TorchAttend(self, windows, shares)
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks that may hold what is no number, before somebody else gets them: a mask does not stop a NaN."""
@@ -85,130 +89,16 @@ class Pages:
             tensor.index_fill_(1, index, 0)
 
 
+def best_kernels(dim: int, size: int, dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """The kernels that attend over such pages, None where torch has to."""
+    fit = dim <= MAX_DIM and size % CELL == 0 and dtype in (torch.float32, torch.bfloat16) and device.type == "cpu"
+    return kernels.current() if fit else None
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy takes zeroed pages from the system, which hands them out at first use; torch would write them all now.
-    return torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-
-
-@dataclass
-class _View:
-    """What some single rows see of the cache through one window: tables int64 [R, n], mask bool [R, 1, 1, n * size]."""
-
-    tables: Tensor
-    mask: Tensor
-
-
-class _Singles:
-    """Rows with one query each whose tables are of similar length."""
-
-    def __init__(self, rows: list[int], shares: list[Share], size: int, device: torch.device) -> None:
-        # As decoding rows come first and mostly are of one length, they mostly are a slice, which copies nothing.
-        contiguous = rows[-1] - rows[0] == len(rows) - 1
-        self.rows: slice | Tensor = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
-        self._device = device
-        self._shares = shares
-        self._size = size
-        self._views: dict[int | None, _View] = {}
-
-    def view(self, window: int | None) -> _View:
-        if window not in self._views:
-            self._views[window] = self._make(window)
-        return self._views[window]
-
-    def _make(self, window: int | None) -> _View:
-        size, device = self._size, self._device
-        positions = [share.start for share in self._shares]
-        firsts = [0 if window is None else max(0, p - window + 1) // size for p in positions]
-        needed = [
-            s.request.table[first : p // size + 1] for s, first, p in zip(self._shares, firsts, positions, strict=True)
-        ]
-        length = max(map(len, needed))
-        tables = torch.tensor(
-            [table + [NULL] * (length - len(table)) for table in needed], dtype=torch.int64, device=device
-        )
-        query = torch.tensor(positions, device=device).unsqueeze(1)  # [R, 1]
-        keys = torch.tensor(firsts, device=device).unsqueeze(1) * size + torch.arange(length * size, device=device)
-        return _View(tables, may_attend(query, keys, window).unsqueeze(1))
-
-
-class _Chunk:
-    """Rows [begin : end] of the batch: tokens [start : start + end - begin] of one sequence."""
-
-    def __init__(self, begin: int, share: Share, size: int, device: torch.device) -> None:
-        self.begin, self.end = begin, begin + share.length
-        self.start, self.total = share.start, share.start + share.length
-        self.tables = torch.tensor([share.request.table[: -(-self.total // size)]], dtype=torch.int64, device=device)
-        self._masks: dict[int | None, Tensor] = {}
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool [T, S]: what the chunk's tokens may see of all the sequence's tokens so far."""
-        if window not in self._masks:
-            positions = torch.arange(self.total, device=self.tables.device)
-            self._masks[window] = may_attend(positions[self.start :], positions, window)
-        return self._masks[window]
-
-
-class PagedAttend:
-    """The policy of one step: attend(layer, q [N, H, D], k [N, KV, D], v [N, KV, D]) -> [N, H, D], through the pages.
-
-    The rows are those of `shares`, one after the other; k and v are written to the cache first, then everything is
-    read from it.
-    """
-
-    def __init__(self, pages: Pages, windows: Sequence[int | None], shares: Sequence[Share]) -> None:
-        self._pages, self._windows = pages, windows
-        size, device = pages.size, pages.device
-        slots: list[int] = []
-        groups: dict[int, tuple[list[int], list[Share]]] = {}
-        self._chunks: list[_Chunk] = []
-        row = 0
-        for share in shares:
-            table = share.request.table
-            slots += [table[p // size] * size + p % size for p in range(share.start, share.start + share.length)]
-            if share.length == 1:
-                longest = FEWEST
-                while longest < share.start // size + 1:
-                    longest *= 2
-                rows, members = groups.setdefault(longest, ([], []))
-                rows.append(row)
-                members.append(share)
-            else:
-                self._chunks.append(_Chunk(row, share, size, device))
-            row += share.length
-        self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self._singles = [_Singles(rows, members, size, device) for rows, members in groups.values()]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = self._windows[layer]
-        self._pages.write(layer, self._slots, k, v)
-        if len(self._singles) == 1 and not self._chunks:  # the usual step: everybody decodes
-            return self._decode(layer, self._singles[0], q, window)
-        out = torch.empty_like(q)
-        for singles in self._singles:
-            out[singles.rows] = self._decode(layer, singles, q[singles.rows], window)
-        for chunk in self._chunks:
-            out[chunk.begin : chunk.end] = self._prefill(layer, chunk, q, k, v, window)
-        return out
-
-    def _decode(self, layer: int, singles: _Singles, q: Tensor, window: int | None) -> Tensor:
-        view = singles.view(window)
-        keys, values = (x.transpose(0, 1) for x in self._pages.gather(layer, view.tables))  # [R, KV, S, D]
-        grouped = q.unflatten(1, (keys.shape[1], -1))  # [R, KV, H / KV, D]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask).flatten(1, 2)
-
-    def _prefill(self, layer: int, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        heads = k.shape[1]
-        queries = q[chunk.begin : chunk.end].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [KV, H / KV, T, D]
-        whole = chunk.start == 0 and (window is None or window >= chunk.total)
-        if chunk.start == 0:
-            keys, values = (x[chunk.begin : chunk.end].transpose(0, 1) for x in (k, v))  # [KV, S, D]
-        else:
-            keys, values = (x[:, 0, : chunk.total] for x in self._pages.gather(layer, chunk.tables))
-        keys, values = (
-            x.unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for x in (keys, values)
-        )  # no copy: stride 0
-        mask = None if whole else chunk.mask(window)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=whole)
-        return mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    bytes_ = int(np.prod(shape)) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(bytes_ + SPARE, dtype=np.uint8))
+    return raw[:bytes_].view(dtype).view(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lm.decoder import DecoderLM
-from serve.engine.pages import PagedAttend, Pages
+from serve.engine.pages import Pages
 from serve.engine.requests import Request
 from serve.engine.scheduler import Share
 
@@ -68,14 +68,7 @@ class PagedRunner:
 
     def run(self, shares: Sequence[Share]) -> Forward:
         """See Runner. Blocks that hold what is no number are cleared."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        for request, start, count in shares:
-            tokens += request.tokens(start, count)
-            positions += range(start, start + count)
-        hidden = self.model.hidden(
-            self._tensor(tokens), self._tensor(positions), PagedAttend(self.pages, self._windows, shares)
-        )
+        hidden = self.hidden(shares)
         caught_up: list[Share] = []
         counts: list[int] = []
         wanted: list[int] = []
@@ -93,6 +86,17 @@ class PagedRunner:
                 self.pages.clear(share.request.table)
         logits = self.model.logits(final).float()
         return Forward(caught_up, counts, logits, sound, self._prompt_logits(shares, hidden))
+
+    def hidden(self, shares: Sequence[Share]) -> Tensor:
+        """What the model makes of the tokens of the shares, [tokens, width]; good until the next call."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        for request, start, count in shares:
+            tokens += request.tokens(start, count)
+            positions += range(start, start + count)
+        return self.model.hidden(
+            self._tensor(tokens), self._tensor(positions), self.pages.attend(self._windows, shares)
+        )
 
     def _tensor(self, values: list[int]) -> Tensor:
         """int64, by way of numpy, which reads a list several times as fast."""

@@ -68,6 +68,17 @@ INLINE vf max_(vf a, vf b) {  // b where one is no number
 #endif
 }
 
+INLINE vf min_(vf a, vf b) {  // b where one is no number
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    vi less = a < b;
+    return (vf)(((vi)a & less) | ((vi)b & ~less));
+#endif
+}
+
 // ---- bf16: the upper half of a float ----
 
 INLINE float from_bf16(bf16 h) {
@@ -155,24 +166,19 @@ INLINE float max_lanes(vf x) {
 #endif
 }
 
-// 2^x for any x: within 2e-7 of the true value; 0 below 2^-126, infinite above 2^127, 1 exactly at 0; no number stays none.
-// x = n + f with n whole and |f| <= 1/2; 2^f is a polynomial, 2^n goes into the exponent.
+// 2^x, within 2e-7 of the true value: 0 from -127 down, 2^127 from 127 up, exactly 1 at 0; no number stays none.
+// x = n + f with n whole and |f| <= 1/2; 2^f is a polynomial (minimax, 1.6e-8), 2^n is added to the exponent.
 INLINE vf exp2_(vf x) {
-    vi small = x < -126.0f;
-    vi large = x > 127.0f;
-    vf bounded = (vf)(((vi)x & ~(small | large)) | (large & (vi)splat(127.0f)));
+    vf bounded = min_(splat(127.0f), max_(splat(-127.0f), x));
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded x in the low bits
     vf shifted = bounded + magic;
     vf f = bounded - (shifted - magic);
-    vf p = splat(1.5403530e-4f);
-    p = fma_(p, f, splat(1.3333558e-3f));
-    p = fma_(p, f, splat(9.6181291e-3f));
-    p = fma_(p, f, splat(5.5504109e-2f));
-    p = fma_(p, f, splat(2.4022651e-1f));
-    p = fma_(p, f, splat(6.9314718e-1f));
+    vf p = splat(1.53533620e-4f);
+    p = fma_(p, f, splat(1.33988750e-3f));
+    p = fma_(p, f, splat(9.61843692e-3f));
+    p = fma_(p, f, splat(5.55033237e-2f));
+    p = fma_(p, f, splat(2.40226477e-1f));
+    p = fma_(p, f, splat(6.93147182e-1f));
     p = fma_(p, f, splat(1.0f));
-    vi whole = (vi)shifted - (vi)magic;
-    vf result = (vf)((vi)p + (whole << 23));
-    result = (vf)(((vi)result & ~large) | (large & 0x7f800000));
-    return (vf)((vi)result & ~small);
+    return (vf)((vi)p + ((vi)shifted << 23));  // of the magic number's own bits none survives the shift
 }

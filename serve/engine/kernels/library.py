@@ -27,8 +27,10 @@ AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
 NEEDS: dict[str, frozenset[str]] = {"avx512": AVX512, "avx2": AVX2, "portable": frozenset()}
 
-P, I, F = c_void_p, c_int64, c_float  # a pointer, a whole number (int64_t in C), a float
-SIGNATURES: dict[str, tuple[Any, ...]] = {}
+POINTER, INT, FLOAT = c_void_p, c_int64, c_float  # an INT is int64_t in C
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "heed_attend": (POINTER, POINTER),  # attention.py: Step, Layer
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""Attention over the paged cache through the C kernel: the `attend` policy of a flattened batch on a CPU.
+
+One call a layer writes the keys and values of the step's tokens into their slots and attends for all of them, whatever
+the mix of single tokens and chunks of prompts. kernels/attention.c says how, and why nobody's numbers depend on who
+else is in the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from serve.engine.kernels.attention import CELL, PART_NUMBERS, Layer, Step
+from serve.engine.scheduler import Share
+
+if TYPE_CHECKING:
+    from serve.engine.pages import Pages
+
+ALONE = 1 << 18  # multiplications that one thread does sooner than two have agreed on who does what
+FEWEST = 16  # tokens of a part, at least: a tile should be full
+ITEMS = 4  # parts times KV heads, for each thread, that let the threads end together
+
+
+class PagedAttend:
+    """The policy of one step: attend(layer, q [N, H, D], k [N, KV, D], v [N, KV, D]) -> [N, H, D], through the pages.
+
+    The rows are those of `shares`, one after the other. q, k and v may be views into one buffer, as long as the heads
+    of a row are contiguous; a tensor that is not so is copied.
+    """
+
+    def __init__(self, pages: Pages, windows: Sequence[int | None], shares: Sequence[Share]) -> None:
+        if pages.kernels is None:
+            raise ValueError("These pages are laid out for torch.")
+        self._attend = pages.kernels.call.heed_attend
+        self._pages, self._windows = pages, [window or 0 for window in windows]
+        size, group = pages.size, pages.heads // pages.kv_heads
+        pairs = sum(share.length * (share.start + share.length) for share in shares)
+        threads = torch.get_num_threads() if 2 * pairs * pages.heads * pages.dim > ALONE else 1
+
+        rows = PART_NUMBERS // (-(-pages.dim // CELL) * CELL)
+        slices = -(-group // rows)  # heads of a group that do not fit into one part are taken in turn
+        if threads > 1 and len(shares) * pages.kv_heads < ITEMS * threads:
+            slices = max(slices, min(group, 2))
+        wanted = sum(share.length for share in shares) * pages.kv_heads // (ITEMS * threads)
+        most = min(rows // -(-group // slices), max(FEWEST, wanted))
+
+        parts: list[tuple[int, int, int, int]] = []
+        tables: list[int] = []
+        row = 0
+        for request, start, length in shares:
+            begin = len(tables)
+            tables += request.table[: (start + length - 1) // size + 1]
+            for done in range(0, length, most):
+                parts.append((row + done, start + done, min(most, length - done), begin))
+            row += length
+        if threads > 1:  # the longest first, so that the threads end together
+            parts.sort(key=lambda part: part[2] * (part[1] + part[2]), reverse=True)
+        # Arrays hold what the kernel reads and must live as long as this does.
+        self._parts = array("q", [number for part in parts for number in part])
+        self._tables = array("i", tables)
+        self._step = Step(
+            heads=pages.heads,
+            kv_heads=pages.kv_heads,
+            dim=pages.dim,
+            size=size,
+            blocks=pages.blocks,
+            is_bf16=pages.dtype is torch.bfloat16,
+            parts=len(parts),
+            slices=slices,
+            threads=threads,
+            part=self._parts.buffer_info()[0],
+            tables=self._tables.buffer_info()[0],
+        )
+        self._layer = Layer()
+        self._step_at, self._layer_at = ctypes.addressof(self._step), ctypes.addressof(self._layer)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pages, told = self._pages, self._layer
+        heads_together = (pages.dim, 1)
+        q, k, v = (x if x.stride()[1:] == heads_together else x.contiguous() for x in (q, k, v))
+        out = torch.empty(q.shape, dtype=q.dtype)
+        told.q, told.k, told.v, told.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        told.q_stride, told.k_stride, told.v_stride = q.stride(0), k.stride(0), v.stride(0)
+        told.keys, told.values = pages.keys[layer].data_ptr(), pages.values[layer].data_ptr()
+        told.window = self._windows[layer]
+        self._attend(self._step_at, self._layer_at)
+        return out
