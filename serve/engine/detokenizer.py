@@ -1,19 +1,110 @@
 """Token ids to text as they come: no half character is shown, no stop string or part of one gets out.
 
-Two stages, a request each: `Detokenizer` turns ids into text that will not change any more; `StopStrings` holds back
+Two stages, a request each: a detokenizer turns ids into text that will not change any more; `StopStrings` holds back
 what may still become a stop string. Whatever the tokenizer does, the deltas joined are what decoding everything at
-once gives.
+once gives. Where a token is some bytes, whatever stands beside it, which most tokenizers' are, `OfBytes` puts the bytes
+together; `Detokenizer` works for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tokenizers import decoders
 
 REPLACEMENT = "�"
 CONTEXT = 6  # tokens before the text that are decoded with it, since a decoder may treat the first token differently
 UNFINISHED = 3  # bytes, at most, of a UTF-8 character that is not complete
 WINDOW = 24  # tokens after which the start of the window is moved even if the text never settles
+
+
+class Detokenizing(Protocol):
+    def feed(self, token: int) -> str:
+        """The text that this token settles; often that of the token, and "" in the middle of a character."""
+
+    def finish(self) -> str:
+        """The rest: signs of a character that never got finished."""
+
+
+class Detokenizers:
+    """Makes the detokenizers of requests, which share what is known of the tokenizer (a tokenizers.Tokenizer)."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._pieces = None
+        if isinstance(inner.decoder, decoders.ByteLevel):
+            self._pieces = {skip: Pieces(inner, skip_special_tokens=skip) for skip in (True, False)}
+
+    def after(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizing:
+        """For what follows the prompt, whose own text is not given out."""
+        if self._pieces is None:
+            return Detokenizer(self._inner, prompt, skip_special_tokens=skip_special_tokens)
+        return OfBytes(self._pieces[skip_special_tokens], prompt)
+
+
+class Silent:
+    """Gives out no text, for who wants ids alone."""
+
+    def feed(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class Pieces(dict[int, bytes]):
+    """The bytes that each token of a byte-level tokenizer stands for, found when they are first asked for."""
+
+    def __init__(self, inner: Any, *, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._inner = inner
+        added = inner.get_added_tokens_decoder().items()
+        self._skipped = {id for id, token in added if token.special} if skip_special_tokens else set()
+        # Bytes that are no printable sign of Latin-1 are written as the signs from 256 on (GPT-2's vocabulary).
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self._bytes = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def __missing__(self, id: int) -> bytes:
+        token = None if id in self._skipped else self._inner.id_to_token(id)
+        if token is None:
+            piece = b""
+        elif all(sign in self._bytes for sign in token):
+            piece = bytes(self._bytes[sign] for sign in token)
+        else:  # an added token, written as it is
+            piece = token.encode()
+        self[id] = piece
+        return piece
+
+
+class OfBytes:
+    """A detokenizer that puts the bytes of tokens together."""
+
+    def __init__(self, pieces: Pieces, prompt: Iterable[int]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        end = b""
+        for token in reversed(list(prompt)):
+            end = pieces[token] + end
+            if len(end) > UNFINISHED:
+                break
+        self._decoder.decode(end)
+        # The prompt ended inside a character: its sign for that has been shown, unless the character gets finished.
+        self._torn = bool(self._decoder.getstate()[0])
+
+    def feed(self, token: int) -> str:
+        return self._new(self._decoder.decode(self._pieces[token]))
+
+    def finish(self) -> str:
+        return self._new(self._decoder.decode(b"", final=True))
+
+    def _new(self, text: str) -> str:
+        if self._torn and text:
+            self._torn = False
+            return text.removeprefix(REPLACEMENT)
+        return text
 
 
 class Detokenizer:
@@ -36,7 +127,6 @@ class Detokenizer:
         return self._inner.decode(ids, skip_special_tokens=self._skip) if ids else ""
 
     def feed(self, token: int) -> str:
-        """The text that this token settles; often that of the token, and "" in the middle of a character."""
         previous = len(self._window)
         self._window.append(token)
         text = self._decode(self._window)
@@ -55,7 +145,6 @@ class Detokenizer:
         return delta
 
     def finish(self) -> str:
-        """The rest: signs of a character that never got finished."""
         text = self._decode(self._window)
         rest = text[len(self._shown) :]
         self._shown = text

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from lm.tokenizer import Tokenizer, train_bpe, train_characters
-from serve.engine.detokenizer import Detokenizer, Match, StopStrings
+from serve.engine.detokenizer import Detokenizer, Detokenizers, Detokenizing, Match, OfBytes, StopStrings
 
 WORDS = "the quick naïve 你好 🎉🦊 ñandú "
 BPE = train_bpe([WORDS * 3], 300)
+BPE.inner.add_tokens([AddedToken(" né "), AddedToken("¡!")])  # with signs that byte-level vocabularies do not use so
 CHARACTERS = train_characters([WORDS])
 
 
@@ -28,6 +29,13 @@ def metaspace() -> Tokenizer:
 
 
 TOKENIZERS = {"bpe": BPE, "characters": CHARACTERS, "metaspace": metaspace()}
+
+
+def streams(tokenizer: Tokenizer, prompt: list[int], **options: bool) -> list[Detokenizing]:
+    """That which works for all, and that which such a tokenizer gets."""
+    chosen = Detokenizers(tokenizer.inner).after(prompt, **options)
+    assert isinstance(chosen, OfBytes) == (tokenizer is BPE)
+    return [Detokenizer(tokenizer.inner, prompt, **options), chosen]
 
 
 def whole(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
@@ -53,38 +61,45 @@ def test_deltas_join_to_the_text_of_all_ids(kind: str, data: st.DataObject) -> N
     ids = data.draw(any_ids(kind))
     text = data.draw(st.text(alphabet=WORDS, max_size=12))
     prompt = tokenizer.encode(text)
-    stream = Detokenizer(tokenizer.inner, prompt)
-    deltas = [stream.feed(id) for id in ids]
-    assert "".join(deltas) + stream.finish() == whole(tokenizer, prompt, ids)
-    assert len(stream._window) <= 64, "the window grows without end"
+    for stream in streams(tokenizer, prompt):
+        deltas = [stream.feed(id) for id in ids]
+        assert "".join(deltas) + stream.finish() == whole(tokenizer, prompt, ids)
+        assert len(getattr(stream, "_window", ())) <= 64, "the window grows without end"
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=st.lists(st.integers(0, BPE.vocab_size - 1), max_size=12), ids=any_ids("bpe"), skip=st.booleans())
+def test_both_ways_of_detokenizing_agree_after_any_prompt(prompt: list[int], ids: list[int], skip: bool) -> None:
+    one, other = streams(BPE, prompt, skip_special_tokens=skip)
+    assert "".join(map(one.feed, ids)) + one.finish() == "".join(map(other.feed, ids)) + other.finish()
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40).filter(lambda text: "<|endoftext|>" not in text))
 def test_valid_text_never_shows_a_torn_character(text: str) -> None:
     ids = BPE.encode(text)
-    stream = Detokenizer(BPE.inner, BPE.encode("the "))
-    given_out = ""
-    for id in ids:
-        delta = stream.feed(id)
-        assert "\ufffd" not in delta or "\ufffd" in text
-        given_out += delta
-        assert text.startswith(given_out)
-    assert given_out + stream.finish() == text
+    for stream in streams(BPE, BPE.encode("the ")):
+        given_out = ""
+        for id in ids:
+            delta = stream.feed(id)
+            assert "\ufffd" not in delta or "\ufffd" in text
+            given_out += delta
+            assert text.startswith(given_out)
+        assert given_out + stream.finish() == text
 
 
 def test_a_character_that_the_prompt_began_is_completed() -> None:
     ids = BPE.encode("🦉")  # not in the vocabulary: several byte tokens
     assert len(ids) > 1
-    stream = Detokenizer(BPE.inner, BPE.encode("the ") + ids[:1])
-    assert "".join(stream.feed(id) for id in ids[1:]) == "🦉"
+    for stream in streams(BPE, BPE.encode("the ") + ids[:1]):
+        assert "".join(stream.feed(id) for id in ids[1:]) == "🦉"
 
 
 def test_special_tokens_are_shown_only_where_asked() -> None:
     assert BPE.eos_id is not None
     for skip, expected in ((True, ""), (False, "<|endoftext|>")):
-        stream = Detokenizer(BPE.inner, [], skip_special_tokens=skip)
-        assert stream.feed(BPE.eos_id) + stream.finish() == expected
+        for stream in streams(BPE, [], skip_special_tokens=skip):
+            assert stream.feed(BPE.eos_id) + stream.finish() == expected
 
 
 def feed(stops: list[str], pieces: list[str], include: bool) -> tuple[str, str | None, list[str]]:
