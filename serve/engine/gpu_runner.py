@@ -1,0 +1,68 @@
+"""The paged runner on a GPU: a step in which everybody decodes is one CUDA graph, any other runs kernel by kernel.
+`unverified`: no GPU has run it. Its answers are not promised to be the same to the bit whoever shares a batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lm.decoder import DecoderLM
+from serve.engine import gpu_batch
+from serve.engine.gpu_batch import Decoding
+from serve.engine.gpu_decoder import GpuDecoder, Operations
+from serve.engine.gpu_graphs import Capture, CudaCapture, Graphs
+from serve.engine.pages import Pages
+from serve.engine.runner import PagedRunner
+from serve.engine.scheduler import Share
+
+MOST = 256  # rows of the largest graph
+
+
+class GpuRunner(PagedRunner):
+    """See the module's docstring. `seats`: requests at once; `longest`: tokens of a sequence, at most."""
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        pages: Pages,
+        *,
+        seats: int,
+        longest: int,
+        operations: Operations,
+        capture: Capture,
+        processors: int,
+    ) -> None:
+        super().__init__(model, pages)
+        self._decoder = GpuDecoder(model, pages, operations, processors)
+        most = min(seats, MOST)
+        decoding = Decoding(most, -(-longest // pages.size), pages.size, pages.device)
+        with torch.inference_mode():
+            self._graphs = Graphs(self._decoder.hidden, decoding, capture, most)
+
+    def hidden(self, shares: Sequence[Share]) -> Tensor:
+        """See PagedRunner."""
+        if len(shares) <= self._graphs.most and all(share.length == 1 for share in shares):
+            return self._graphs.run(shares)
+        inputs = gpu_batch.mixed(shares, self.pages.size, self._decoder.tokens_per_tile, self.pages.device)
+        return self._decoder.hidden(inputs)
+
+
+def paged_runner(model: DecoderLM, pages: Pages, *, seats: int, longest: int) -> PagedRunner:
+    """The runner for where the pages are. On a GPU without Triton, torch's own operators attend."""
+    if pages.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return PagedRunner(model, pages)
+    from serve.engine import gpu_kernels
+
+    return GpuRunner(
+        model,
+        pages,
+        seats=seats,
+        longest=longest,
+        operations=gpu_kernels,
+        capture=CudaCapture(),
+        processors=torch.cuda.get_device_properties(pages.device).multi_processor_count,
+    )
