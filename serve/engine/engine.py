@@ -20,11 +20,12 @@ from serve.engine.admission import Admission
 from serve.engine.beams import NOT_A_NUMBER, Beams
 from serve.engine.blocks import BlockManager
 from serve.engine.detokenizer import Match
+from serve.engine.gpu_runner import paged_runner
 from serve.engine.messages import Add, AddBeam, Output, Stats, Step, Timings, TokenLogprobs
 from serve.engine.pages import Pages
 from serve.engine.requests import BeamRequest, Request, Status
 from serve.engine.rows import RowsRunner
-from serve.engine.runner import PagedRunner, Runner
+from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler, Share
 
 
@@ -61,7 +62,14 @@ class Engine:
             self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
         self.runner: Runner = (
-            RowsRunner(model) if in_rows(model) else PagedRunner(model, Pages.of(model, blocks=blocks, size=block_size))
+            RowsRunner(model)
+            if in_rows(model)
+            else paged_runner(
+                model,
+                Pages.of(model, blocks=blocks, size=block_size),
+                seats=max_num_seqs,
+                longest=self.max_model_len,
+            )
         )
         self.beams = Beams(model, self.eos)
         self._requests: dict[str, Request] = {}
