@@ -20,8 +20,8 @@ class Status(Enum):
 class Request:
     """A sequence of known tokens (prompt, then output), the first `computed` of which have been computed.
 
-    The scheduler's whole state of a request is the count of what is known, `computed` and `table`, and three numbers
-    that do not change: `whole`, `width` and `reserve`. The rest belongs to the engine.
+    The scheduler looks at the count of what is known, never at a token, and at what is grouped as its own below; the
+    tokens are read by the prefix cache, which keeps here what it has made of them; the rest belongs to the engine.
     """
 
     id: str
@@ -31,18 +31,26 @@ class Request:
     arrival: float = 0.0
     output: list[int] = field(default_factory=list)
     limit: int = 1  # tokens of output, at most
-    draft: list[int] = field(default_factory=list)  # proposed to follow the known tokens; not known
-    priority: int = 0
-    cache_salt: str | None = None
+    draft: list[int] = field(default_factory=list)  # proposed to follow the known tokens: set before a step, cut by it
 
     whole: int = 0  # so many tokens from the first are computed in one step or not at all: a source is no sequence
     width: int = 1  # seats it takes, and sequences that each step after its prompt computes: a beam has several
     reserve: int = 0  # tokens that the cache is asked to hold from the start; less than it needs: it grows
 
+    priority: int = 0
+    rank: tuple[int, int] = (0, 0)  # who goes first: the lower
+
     status: Status = Status.WAITING
     computed: int = 0
     table: list[int] = field(default_factory=list)
     preemptions: int = 0
+
+    # The prefix cache's.
+    cache_salt: str | None = None
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, from the first, as far as they were needed
+    cached: int = 0  # tokens that were found when it was first admitted
+    follows: tuple[Request, int] | None = None  # it waits until that request has computed so many tokens,
+    followed: bool = False  # which it does once
 
     # The engine's: state of sampler, detokenizer and stop strings, what the prompt's own tokens were worth, times.
     draw: Any = None

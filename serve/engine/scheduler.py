@@ -3,16 +3,18 @@
 There is no prefill phase and no decode phase. A request has tokens that are known and tokens that are computed; each
 step spends a budget of tokens on letting the second catch up with the first:
 
-1. running requests first, in the order in which they were admitted, so that nobody who is being answered waits for a
-   newcomer;
-2. then those who wait, first come first served, while budget and seats are left and the whole of what they know fits
-   the cache.
+1. running requests first, in the order of their rank. Those who decode (one token is to be computed, and perhaps a
+   draft that is proposed to follow it) have theirs reserved, so that nobody who is being answered waits for a prompt;
+   prompts get what is left, as far as the pace of the others allows (pace.py);
+2. then those who wait, lowest rank first, while budget and seats are left and the whole of what they know fits the
+   cache. What the cache holds of their beginning already (prefix.py) counts as computed. One whose beginning is just
+   being computed for somebody else may let others pass until that is done.
 
-A long prompt is thus computed in chunks beside the others' single tokens. When a running request finds no free block,
-the one admitted last loses all of its blocks and waits at the front of the queue: nothing of it is kept, it is
-recomputed (preemption). In a step that preempted nobody is admitted. The request admitted first is never preempted
-for another's sake and, since no request may need more than the whole cache or budget, always advances: so every
-request ends.
+The rank is the order of arrival, or the priority and then that. A long prompt is thus computed in chunks beside the
+others' single tokens. When a running request finds no free block, the running one of the highest rank loses all of its
+blocks and waits (preemption): it is recomputed, as far as its blocks are not found again. In a step that preempted,
+nobody is admitted. The request of the lowest rank is never preempted for another's sake and, since no request may need
+more than the whole cache or budget, always ends: so every request does.
 
 Some requests come as more than one sequence of tokens does. A source (`whole`) is not computed in chunks: it waits
 until the budget has room for all of it, and nobody overtakes it. A beam (`width`) takes the seats and the budget of
@@ -21,12 +23,17 @@ its sequences, and `reserve` of the cache at once.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from serve.engine.blocks import BlockManager
+from serve.engine.pace import Pace
+from serve.engine.prefix import Prefixes
 from serve.engine.requests import Request, Status
+
+LEAST_BUDGET = 64  # tokens of a step that a lack of memory does not make smaller
+CALM = 1000  # steps that go well before more is tried again
 
 
 class Share(NamedTuple):
@@ -45,15 +52,34 @@ class Share(NamedTuple):
 
 
 class Scheduler:
-    """Owns the queue, the seats and, through the block manager, the cache; knows nothing of tensors, text or clocks."""
+    """Owns the queue, the seats and, through the block manager, the cache; knows nothing of tensors, text or clocks.
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    `policy` is "fcfs" or "priority". `waiting` and `running` are in the order of rank. The engine tells `pace` what
+    steps take.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "fcfs",
+        prefix_caching: bool = True,
+    ) -> None:
         self.blocks = blocks
+        self.prefixes = Prefixes(blocks, enabled=prefix_caching)
+        self.pace = Pace()
         self.seats = max_num_seqs
         self.budget = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.policy = policy
+        self._full = (max_num_seqs, max_num_batched_tokens)
+        self._calm = 0  # steps since the last that ran out of memory
+        self._spent = 0  # of the budget, in the last step
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
+        self._arrived = 0
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.running
@@ -64,58 +90,40 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
-        request.status = Status.WAITING
-        self.waiting.append(request)
+        self._arrived += 1
+        request.rank = (request.priority if self.policy == "priority" else 0, self._arrived)
+        self._wait(request)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step, their blocks allotted; within the budget; empty only where there is no work."""
-        left = self.budget
-        shares: list[Share] = []
-        preempted = False
+        """The shares of the next step, their blocks allotted; within the budget; empty only where there is no work.
 
+        A share of a running request goes on into its `draft` as far as budget and free blocks allow; the draft is cut
+        to what the share covers.
+        """
+        self._recover()
+        step = _Step(self.budget, self.pace, [request for request in self.running if _decodes(request)])
+        preemptions = self.preemptions
         index = 0
-        while index < len(self.running) and left > 0:
+        while index < len(self.running):
             request = self.running[index]
-            count, cost = _affordable(request, left)
-            if count == 0:
-                index += 1
-                continue
-            while not self.blocks.grow(request.table, max(request.computed + count, request.reserve)):
-                victim = self.running[-1]
-                self._preempt(victim)
-                preempted = True
-                if victim is request:
-                    break
-            else:
-                del request.draft[max(0, request.computed + count - request.known) :]
-                shares.append(Share(request, request.computed, count))
-                left -= cost
-                index += 1
-
-        seated = sum(request.width for request in self.running)
-        while self.waiting and left > 0 and not preempted:
-            request = self.waiting[0]
-            count, cost = _affordable(request, left)
-            if count == 0 or seated + request.width > self.seats:
-                break
-            if self.blocks.missing(request.table, max(request.known, request.reserve)) > self.blocks.free:
-                break
-            self.waiting.popleft()
-            self.blocks.grow(request.table, max(request.computed + count, request.reserve))
-            request.status = Status.RUNNING
-            self.running.append(request)
-            shares.append(Share(request, request.computed, count))
-            left -= cost
-            seated += request.width
-        return shares
+            count = step.affordable(request, request.computed)
+            if count and self._allot(request, count):
+                count = min(count, request.known + len(request.draft) - request.computed)
+                step.take(request, count)
+            index += 1
+        if self.preemptions == preemptions:
+            self._admit(step)
+        self._spent = self.budget - step.left
+        return step.shares
 
     def computed(self, share: Share, kept: int | None = None) -> None:
         """The step has run: what was scheduled is in the cache. Of the share's tokens the first `kept` hold (None: all
         of them); the rest were a draft that came otherwise. The draft is gone after this. To be called before or after
         the tokens that were drawn are added to the output.
         """
-        request = share.request
-        request.computed = share.start + (share.length if kept is None else kept)
+        request, start, length = share
+        request.computed = start + (length if kept is None else kept)
+        self.prefixes.computed(request, start)
         request.draft.clear()
 
     def finish(self, request: Request) -> None:
@@ -125,21 +133,138 @@ class Scheduler:
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
         self.blocks.release(request.table)
+        request.follows = None
         request.status = Status.FINISHED
+
+    def distrust(self, request: Request) -> list[int]:
+        """What was computed of a request is no good: nobody will find its blocks. To be called before it is ended.
+        Returns the blocks that nobody else reads, which may be cleared.
+        """
+        return self.blocks.distrust(request.table)
+
+    def shrink(self) -> bool:
+        """The step that was scheduled last ran out of memory, and nothing of it was computed. Half as many requests,
+        and half as many tokens, may be in a step from now on, until CALM steps have gone well, and then twice as many
+        again. All who ran wait, so that nothing is kept that was half done. False, and nothing changed, where it was a
+        step as small as can be: its requests have to be ended.
+        """
+        running = sum(request.width for request in self.running)
+        seats = min(self.seats, max([running // 2, *(request.width for request in self)]))
+        least = max([LEAST_BUDGET, *(max(request.whole, request.width) for request in self)])
+        budget = min(self.budget, max(self._spent // 2, least))
+        if seats >= running and budget >= self._spent:
+            return False
+        self.seats, self.budget, self._calm = seats, budget, 0
+        for request in reversed(self.running.copy()):
+            self._preempt(request)
+        return True
+
+    def _recover(self) -> None:
+        self._calm += 1
+        if self._calm % CALM == 0:
+            seats, budget = self._full
+            self.seats, self.budget = min(seats, 2 * self.seats), min(budget, 2 * self.budget)
+
+    def _allot(self, request: Request, count: int) -> bool:
+        """Blocks for the next `count` tokens of a running request. A draft is given up where blocks are lacking; for
+        known tokens others are preempted, and at last the request itself: False.
+        """
+        needed = max(request.computed + count, request.reserve)
+        if request.draft and self.blocks.missing(request.table, needed) > self.blocks.free:
+            request.draft.clear()
+            needed = request.known
+        while not self.blocks.grow(request.table, needed):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, step: _Step) -> None:
+        seated = sum(request.width for request in self.running)
+        index = 0
+        while index < len(self.waiting) and step.spare > 0:
+            request = self.waiting[index]
+            if seated + request.width > self.seats:
+                break
+            if self.prefixes.held(request):
+                index += 1
+                continue
+            found = self.prefixes.find(request)
+            if self.prefixes.follow(request, len(found), self.running):
+                index += 1
+                continue
+            start = len(found) * self.blocks.size
+            count = step.affordable(request, start)
+            if count == 0 or not self.blocks.fits(found, max(request.known, request.reserve)):
+                break
+            del self.waiting[index]
+            request.table = self.blocks.share(found)
+            request.computed = start
+            self.blocks.grow(request.table, max(start + count, request.reserve))
+            self.prefixes.admitted(request, len(found))
+            request.status = Status.RUNNING
+            insort(self.running, request, key=_rank)
+            seated += request.width
+            step.take(request, count)
+
+    def _wait(self, request: Request) -> None:
+        request.status = Status.WAITING
+        insort(self.waiting, request, key=_rank)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.blocks.release(request.table)
         request.computed = 0
         request.draft.clear()
-        request.status = Status.WAITING
         request.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(request)
+        self._wait(request)
 
 
-def _affordable(request: Request, left: int) -> tuple[int, int]:
-    """How many of its known tokens can be computed with `left` of the budget, and what of it they take."""
-    each = request.width if request.computed else 1  # a beam parts after its prompt
-    count = min(request.known + len(request.draft) - request.computed, left // each)
-    return (count, count * each) if request.computed + count >= request.whole else (0, 0)
+class _Step:
+    """The budget of a step, and what it is spent on: `left` of all of it, `spare` of what is not reserved for those who
+    decode.
+    """
+
+    def __init__(self, budget: int, pace: Pace, decoding: list[Request]) -> None:
+        single = sum(request.width for request in decoding)
+        self.shares: list[Share] = []
+        self.left = budget
+        self.spare = budget - single
+        self._decoding = set(decoding)
+        self._part = pace.part(single)
+        self._allowance = 0
+
+    def affordable(self, request: Request, start: int) -> int:
+        """How many of its tokens from `start` can be computed in this step. To be asked once for each request."""
+        lacking = request.known - start
+        if request in self._decoding:
+            return 1 + min(len(request.draft), max(self.spare, 0)) if request.width <= self.left else 0
+        if request.whole:
+            return lacking if start + lacking >= request.whole and lacking <= self.spare else 0
+        if self._part is None:
+            return max(0, min(lacking, self.spare))
+        self._allowance += self._part
+        return max(0, min(lacking, self.spare, self._allowance))
+
+    def take(self, request: Request, count: int) -> None:
+        start = request.computed
+        del request.draft[max(0, start + count - request.known) :]
+        self.shares.append(Share(request, start, count))
+        if request in self._decoding:
+            self.left -= request.width * count
+            self.spare -= count - 1
+        else:
+            self.left -= count
+            self.spare -= count
+            self._allowance = max(0, self._allowance - count)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
+
+
+def _decodes(request: Request) -> bool:
+    """Whether its next token is all that it lacks."""
+    return request.status is Status.RUNNING and request.known - request.computed == 1
