@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-translate bench-start bench-checkpoint bench-kill figures clean
+.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-checkpoint bench-kill figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench-reverse: $(STAMP) ## reversal: exact outputs and true alignments of RNNsea
 
 bench-step-time: $(STAMP) ## the time of a training step against sentence length
 	$(PY) -m bench.step_time
+
+bench-kernels: $(STAMP) ## attention over the paged cache beside torch's fused attention
+	$(PY) -m bench.kernels
 
 bench-translate: $(STAMP) ## decoding speed beside transformers and CTranslate2 (QUICK=1: whether it runs)
 	$(PY) -m bench.translate_speed

@@ -1,4 +1,4 @@
-"""Attention over pages against attention written out; through the kernels, bit by bit the same however it is computed."""
+"""Attention over pages against attention written out; through the kernels also against itself, bit by bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ needs_kernels = pytest.mark.skipif(not VARIANTS, reason="no kernels were built")
 
 @dataclass
 class Case:
-    """Sequences of `lengths` tokens, their q, k and v beside each other in one buffer, as a fused product leaves them."""
+    """Sequences of `lengths` tokens; their q, k and v side by side in one buffer, as a fused product leaves them."""
 
     lengths: list[int]
     kv_heads: int
