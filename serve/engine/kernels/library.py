@@ -30,6 +30,16 @@ NEEDS: dict[str, frozenset[str]] = {"avx512": AVX512, "avx2": AVX2, "portable": 
 POINTER, INT, FLOAT = c_void_p, c_int64, c_float  # an INT is int64_t in C
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "heed_attend": (POINTER, POINTER),  # attention.py: Step, Layer
+    # x, out, weight, bias, rows, width, eps, centred, is_bf16
+    "heed_norm": (POINTER, POINTER, POINTER, POINTER, INT, INT, FLOAT, INT, INT),
+    # qkv, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, is_bf16
+    "heed_rotate": (POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT, INT, FLOAT, INT),
+    "heed_activate": (POINTER, POINTER, INT, INT, INT, INT),  # x, out, rows, inner, kind, is_bf16
+    "heed_softcap": (POINTER, INT, FLOAT),  # x, count, cap
+    # matrix, outputs, inputs, is_bf16, packed, scales, first, apart
+    "heed_int8_pack": (POINTER, INT, INT, INT, POINTER, POINTER, INT, INT),
+    # Map (quantize.py), x, residual, out, rows, scratch, x_is_bf16, out_is_bf16
+    "heed_int8_linear": (POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, INT),
 }
 
 

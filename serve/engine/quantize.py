@@ -1,0 +1,154 @@
+"""int8: weights rounded once, a scale for each output channel; rows as they come, a scale for each row.
+
+    y[n, o] = s_n t_o sum_i x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
+
+The sum is exact in int32, so a row's answer has the same bits whoever shares the product, with any number of rows; and
+since no scale spans two rows, nobody's answer depends on a neighbour. kernels/int8.c does it, with all that stands
+around the product in the same call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor, nn
+
+from lm.layers import RMSNorm
+from serve.engine.elementwise import pointer
+from serve.engine.kernels import Kernels
+
+LANES = 16  # a multiple of every variant's: the output channels of a block
+STEP = 4  # likewise: inputs that lie together
+MOST_INPUTS = 65536  # up to which no sum overflows
+
+
+class Map(ctypes.Structure):
+    """What heed_int8_linear is told of a map, as int8.c has it."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("gated", c_int64),
+        ("centred", c_int64),
+        ("eps", c_float),
+    )
+
+
+class Scratch:
+    """Memory for the rounded rows of one product at a time; grows."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def at(self, bytes_: int) -> int:
+        if len(self._memory) < bytes_:
+            self._memory = torch.empty(bytes_, dtype=torch.uint8)
+        return self._memory.data_ptr()
+
+
+class Int8Linear:
+    """Maps of the same x as one product of int8 numbers, with what stands before and after it.
+
+    The weights are copied: who drops the originals has their memory back.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        kernels: Kernels,
+        scratch: Scratch,
+        *,
+        norm: nn.Module | None = None,
+        gated: bool = False,
+        out: torch.dtype | None = None,
+    ) -> None:
+        """weights [out_i, in]; biases [out_i], all or none; norm: of x, before it is rounded; gated: the weights are
+        those of gate and up, and the answer is silu(gate) * up; out: the answer's dtype, by default the weights'.
+        """
+        self.inputs = weights[0].shape[1]
+        self.outputs = len(weights[0]) if gated else sum(map(len, weights))
+        self._out = out or weights[0].dtype
+        self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
+        # Gate and up alternate block by block, so that both are at hand for the answer.
+        matrices = [weight.detach() for weight in weights]
+        if not gated and len(matrices) > 1:
+            matrices = [torch.cat(matrices)]
+        channels = len(matrices) * -(-self.outputs // LANES) * LANES
+        self._weight = torch.empty(channels * -(-self.inputs // STEP) * STEP, dtype=torch.uint8)
+        self._scales = torch.empty(channels)
+        for i, matrix in enumerate(matrices):
+            matrix = matrix.contiguous()
+            kernels.call.heed_int8_pack(
+                matrix.data_ptr(),
+                *matrix.shape,
+                matrix.dtype is torch.bfloat16,
+                self._weight.data_ptr(),
+                self._scales.data_ptr(),
+                i,
+                len(matrices),
+            )
+        given = [bias.detach().float() for bias in biases if bias is not None]
+        self._bias = torch.cat(given) if given else None
+        self._norm: list[Tensor] = []
+        if norm is not None:
+            assert isinstance(norm, (RMSNorm, nn.LayerNorm))
+            self._norm = [p.detach().float().contiguous() for p in norm.parameters()]  # weight, then bias if any
+        self._map = Map(
+            weight=self._weight.data_ptr(),
+            scales=self._scales.data_ptr(),
+            bias=pointer(self._bias),
+            norm_weight=self._norm[0].data_ptr() if self._norm else None,
+            norm_bias=self._norm[1].data_ptr() if len(self._norm) > 1 else None,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            gated=gated,
+            centred=isinstance(norm, nn.LayerNorm),
+            eps=0.0 if norm is None else norm.eps,
+        )
+        self._at = ctypes.addressof(self._map)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, in], contiguous, residual [N, out] or None, both in the weights' dtype -> [N, out]."""
+        rows = len(x)
+        out = x.new_empty(rows, self.outputs, dtype=self._out)
+        self._kernel(
+            self._at,
+            x.data_ptr(),
+            pointer(residual),
+            out.data_ptr(),
+            rows,
+            self._scratch.at(rows * (2 * self.inputs + 16) + 64),
+            x.dtype is torch.bfloat16,
+            self._out is torch.bfloat16,
+        )
+        return out
+
+
+def refusal(device: str, kernels: Kernels | None, *, whole: bool, inputs: int = 0) -> str | None:
+    """Why --quantization int8 is not to be had: one sentence, or None. whole: the model reads its prompt as a whole;
+    inputs: of its widest matrix.
+    """
+    if whole:
+        return "--quantization int8 is for decoder-only models; leave it out for this one."
+    if device != "cpu":
+        return "--quantization int8 is for CPUs, and would be slower on this device; leave it out."
+    if kernels is None or kernels.variant == "portable":
+        return (
+            "--quantization int8 would be slower here: it needs the compiled kernels and a CPU with AVX2 or better; "
+            "leave it out."
+        )
+    if inputs > MOST_INPUTS:
+        return (
+            f"--quantization int8 takes matrices of at most {MOST_INPUTS} inputs, and this model has one of {inputs}; "
+            "leave it out."
+        )
+    return None

@@ -1,0 +1,136 @@
+"""The decoder as it is served: lm's, with the matrices of its blocks fused, packed or int8, and few calls a layer.
+
+    norm | qkv | rotate | attend | o + residual | norm | gate and up | silu(gate) * up | down + residual
+
+On a CPU with kernels each of these is one call, and in int8 a norm is part of the product after it. What a token gets
+does not depend on who else is in the batch, where `ServedLM.invariant` says so. lm's own `hidden`, `start` and `step`
+drive it, under any `attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lm.attention import Attend
+from lm.config import DecoderConfig
+from lm.decoder import Block, DecoderLM
+from lm.linear import packing_is_usable
+from serve.engine import kernels as compiled
+from serve.engine.elementwise import Activation, Norm, Rotation, kernels_for, softcap
+from serve.engine.kernels import Kernels
+from serve.engine.linears import PackedLinear
+from serve.engine.quantize import Int8Linear, Scratch
+
+Into = Callable[[Tensor], Tensor]  # x [N, width] -> [N, n]
+Onto = Callable[[Tensor, Tensor], Tensor]  # [N, n], residual [N, width] -> [N, width]
+
+
+class ServedBlock(nn.Module):
+    """One layer of lm's: the same forward, made of four maps with what stands around them."""
+
+    def __init__(self, block: Block, config: DecoderConfig, kernels: Kernels | None, scratch: Scratch | None):
+        """scratch: of the int8 products; None: the block's dtype stays."""
+        super().__init__()
+        self.layer = block.layer
+        self.parts = [config.heads, config.kv, config.kv]
+        self.dim = config.dim
+        self.rotate = Rotation(block.self_attn, config.heads, config.kv, block.rotates, kernels)
+        self.qkv, self.o, self.inner, self.down = (
+            _float_maps(block, config, kernels)
+            if scratch is None or kernels is None
+            else _int8_maps(block, config, kernels, scratch)
+        )
+
+    def forward(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
+        """As lm.decoder.Block: x [..., width], contiguous; table [..., 2, D] or None."""
+        shape = x.shape
+        x = x.view(-1, shape[-1])
+        qkv = self.qkv(x)
+        self.rotate(qkv, table)
+        q, k, v = qkv.view(*shape[:-1], -1, self.dim).split(self.parts, dim=-2)
+        x = self.o(attend(self.layer, q, k, v).reshape(len(x), -1), x)
+        return self.down(self.inner(x), x).view(shape)
+
+
+def _float_maps(block: Block, config: DecoderConfig, kernels: Kernels | None) -> tuple[Into, Onto, Into, Onto]:
+    before, after = Norm(block.input_layernorm, kernels), Norm(block.post_attention_layernorm, kernels)
+    qkv, o, up, down = (PackedLinear(*_tensors(maps)) for maps in _maps(block, config))
+    activation = Activation(config.activation, config.inner, kernels)
+    return lambda x: qkv(before(x)), o, lambda x: activation(up(after(x))), down
+
+
+def _int8_maps(
+    block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch
+) -> tuple[Into, Onto, Into, Onto]:
+    def made(maps: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False) -> Int8Linear:
+        return Int8Linear(*_tensors(maps), kernels, scratch, norm=norm, gated=gated)
+
+    qkv, o, up, down = _maps(block, config)
+    before, after = block.input_layernorm, block.post_attention_layernorm
+    if config.activation == "swiglu":
+        return made(qkv, before), made(o), made(up, after, gated=True), made(down)
+    inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
+    return made(qkv, before), made(o), lambda x: activation(inner(x)), made(down)
+
+
+def _maps(block: Block, config: DecoderConfig) -> tuple[list[nn.Linear], ...]:
+    """The maps that are made one: those of qkv, o, gate and up, down."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
+    up: list[nn.Linear] = [mlp.gate_proj, mlp.up_proj] if config.activation == "swiglu" else [mlp.up_proj]
+    return qkv, [attention.o_proj], up, [mlp.down_proj]
+
+
+def _tensors(maps: list[nn.Linear]) -> tuple[list[Tensor], list[Tensor | None]]:
+    return [map.weight for map in maps], [map.bias for map in maps]
+
+
+class ServedLM(DecoderLM):
+    """A DecoderLM for inference alone, made of another, which is taken apart on the way: no weight is held twice but
+    the embedding, where it is the head too.
+    """
+
+    def __init__(self, model: DecoderLM, quantization: str | None = None):
+        """quantization: None or "int8", where serve.engine.quantize.refusal has nothing against it."""
+        nn.Module.__init__(self)
+        config, weight = model.config, model.embed_tokens.weight
+        self.config, self.recompute = config, False
+        self.kernels = kernels_for(weight.dtype, weight.device, compiled.current())
+        scratch = Scratch() if quantization == "int8" else None
+        self.invariant = self.kernels is not None and (scratch is not None or packing_is_usable(weight.dtype))
+        self.embed_tokens = model.embed_tokens
+        if config.positions == "learned":
+            self.embed_positions = model.embed_positions
+        self.register_buffer("positions", model.positions, persistent=False)
+        head = [model.output_weight]
+        if not config.tie_embeddings:
+            del model.lm_head
+        self.head = (
+            PackedLinear(head)
+            if scratch is None or self.kernels is None
+            else Int8Linear(head, (), self.kernels, scratch, out=torch.float32)
+        )
+        self.norm = Norm(model.norm, self.kernels)
+        self.layers = nn.ModuleList()
+        blocks, model.layers = list(model.layers), nn.ModuleList()
+        while blocks:
+            block = blocks.pop(0)
+            assert isinstance(block, Block)
+            self.layers.append(ServedBlock(block, config, self.kernels, scratch))
+        self.eval()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> [..., vocab]; fp32, or the weights' dtype."""
+        out = self.head(hidden.reshape(-1, hidden.shape[-1]))
+        if self.config.softcap is not None:
+            out = softcap(out, self.config.softcap, self.kernels)
+        return out.view(*hidden.shape[:-1], -1)
+
+
+@torch.no_grad()
+def serve_model(model: DecoderLM, quantization: str | None = None) -> ServedLM:
+    """The model as it is served; `model` itself is empty after this."""
+    return ServedLM(model, quantization)
