@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine import sampler
-from serve.engine.detokenizer import Detokenizer, StopStrings
+from serve.engine.bad_words import spellings
+from serve.engine.detokenizer import Detokenizers, Silent, StopStrings
 from serve.engine.messages import Add, AddBeam
 from serve.engine.requests import BeamRequest, Request, beam_tokens
 from serve.engine.scheduler import Scheduler
@@ -31,10 +33,12 @@ class Admission:
         source: bool,
         seed: int,
     ) -> None:
-        self._tokenizer, self._scheduler, self._eos = tokenizer, scheduler, eos
+        self._scheduler, self._eos = scheduler, eos
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._encoder_decoder, self._source = encoder_decoder, source
         self._seeds = random.Random(seed)
+        self._detokenizers = Detokenizers(tokenizer.inner)
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
 
     def request(self, message: Add | AddBeam) -> Request:
         """Raises ValueError with one sentence for what cannot be carried out."""
@@ -52,6 +56,8 @@ class Admission:
 
     def _sequence(self, message: Add) -> Request:
         prompt, params = message.prompt, message.params
+        self._check_ids(prompt)
+        self._check_ids(params.token_ids)
         request = Request(
             id=message.id,
             prompt=prompt,
@@ -66,8 +72,13 @@ class Admission:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         # What is generated goes on after a decoder's prompt; a translation goes on after nothing.
         before = [] if self._encoder_decoder else prompt
-        request.draw = sampler.prepare(request, before, seed, self._eos)
-        request.detokenizer = Detokenizer(self._tokenizer.inner, before, skip_special_tokens=params.skip_special_tokens)
+        bad = spellings(params.bad_words, self._encode)
+        request.draw = sampler.prepare(request, before, seed, self._eos, bad)
+        request.detokenizer = (
+            self._detokenizers.after(before, skip_special_tokens=params.skip_special_tokens)
+            if params.detokenize
+            else Silent()
+        )
         request.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         if params.prompt_logprobs is not None:
             if self._source:
@@ -77,6 +88,7 @@ class Admission:
 
     def _beam(self, message: AddBeam) -> BeamRequest:
         prompt, params = message.prompt, message.params
+        self._check_ids(prompt)
         if 2 * params.beam_width > self._vocab_size:
             width, most = params.beam_width, self._vocab_size
             raise ValueError(f"beam_width is {width}; it may be half of the vocabulary, {most}.")
@@ -94,6 +106,12 @@ class Admission:
             width=params.beam_width,
             reserve=beam_tokens(len(prompt), limit, params),
         )
+
+    def _check_ids(self, ids: Iterable[int]) -> None:
+        """Raises ValueError for an id that is none: in the model it would end all those of its step."""
+        foreign = next((id for id in ids if not 0 <= id < self._vocab_size), None)
+        if foreign is not None:
+            raise ValueError(f"token id {foreign} is out of vocabulary; ids are from 0 to {self._vocab_size - 1}.")
 
     def _limit(self, prompt: int, wanted: int | None) -> int:
         """How many tokens may follow a prompt of so many: as many as wanted; None for all that there is room for.

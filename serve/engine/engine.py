@@ -1,8 +1,12 @@
 """The loop: add, abort, step. Synchronous, no HTTP, no processes: `process` and `llm` put those around it.
 
-One step is: schedule, one forward pass, one draw for each sequence that caught up, then text and stops; and one step
-of each beam search. A request that fails ends with finish_reason "error" and a sentence, and frees what it held; the
-others do not notice.
+One step is: propose (draft.py), schedule, one forward pass, one draw for each sequence that caught up, then text and
+stops (endings.py); and one step of each beam search.
+
+A request that fails ends with finish_reason "error" and a sentence, and frees what it held; the others do not notice.
+An exception in what a step does together ends the requests of that step, whichever of them was the reason, and the
+engine goes on. Memory that is lacking is no reason to end more than the request that needs more than there is by
+itself: the scheduler admits less, and what had been scheduled is computed again.
 """
 
 from __future__ import annotations
@@ -12,21 +16,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lm.tokenizer import Tokenizer
-from serve.engine import sampler
+from serve.engine import endings, sampler
 from serve.engine.admission import Admission
-from serve.engine.beams import NOT_A_NUMBER, Beams
+from serve.engine.beams import Beams
 from serve.engine.blocks import BlockManager
-from serve.engine.detokenizer import Match
+from serve.engine.draft import Drafter, Speculation
 from serve.engine.gpu_runner import paged_runner
-from serve.engine.messages import Add, AddBeam, Output, Stats, Step, Timings, TokenLogprobs
+from serve.engine.messages import Add, AddBeam, Output, Stats, Step
 from serve.engine.pages import Pages
 from serve.engine.requests import BeamRequest, Request, Status
 from serve.engine.rows import RowsRunner
-from serve.engine.runner import Runner
+from serve.engine.runner import PromptLogits, Runner
+from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Scheduler, Share
+
+NOT_A_NUMBER = "The model's output for this request is not a number; its weights or this prompt make it overflow."
+NO_MEMORY = "There is not enough memory to compute this request, even alone; a shorter one may do."
 
 
 def in_rows(model: Any) -> bool:
@@ -38,7 +45,7 @@ class Engine:
     """Continues token sequences, or translates them, with one model of lm's (the decoding interface is all it knows).
 
     `eos` are the ids that end a sequence; `max_model_len` bounds prompt and output together, of an encoder-decoder
-    each; `blocks` are counted with the null block.
+    each; `blocks` are counted with the null block. `speculation` is for models over pages alone.
     """
 
     def __init__(
@@ -53,14 +60,14 @@ class Engine:
         blocks: int = 1024,
         block_size: int = 16,
         seed: int = 0,
+        policy: str = "fcfs",
+        prefix_caching: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.eos = tuple(eos)
         self.max_model_len = max_model_len or model.config.context
         self.blocks = BlockManager(blocks, block_size)
-        self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
         self.runner: Runner = (
             RowsRunner(model)
             if in_rows(model)
@@ -71,7 +78,15 @@ class Engine:
                 longest=self.max_model_len,
             )
         )
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            prefix_caching=prefix_caching and not self.runner.source,
+        )
         self.beams = Beams(model, self.eos)
+        self._drafter = None if speculation is None or self.runner.source else Drafter(speculation)
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []  # between steps: refused on arrival
         self._admission = Admission(
@@ -97,8 +112,10 @@ class Engine:
                 if id in self._requests:
                     raise ValueError(f"a request with the id {id!r} is already running.")
             request = self._admission.request(message)
-        except (ValueError, TypeError, OverflowError) as error:
-            self._ended += [Output(id=id, finish_reason="error", error=str(error)) for id in ids]
+        except Exception as error:  # whatever it is, it is this request's own
+            expected = isinstance(error, (ValueError, TypeError, OverflowError))
+            sentence = str(error) if expected else _sentence(error)
+            self._ended += [Output(id=id, finish_reason="error", error=sentence) for id in ids]
             return
         self._requests |= dict.fromkeys(ids, request)
         self.scheduler.add(request)
@@ -114,32 +131,35 @@ class Engine:
     def _tidy(self) -> None:
         self.runner.tidy()
         self.beams.tidy()
+        if self._drafter is not None:
+            self._drafter.tidy()
 
     @torch.inference_mode()
     def step(self) -> Step:
         """Advances every sequence that has a share in this step; see the module's docstring."""
+        began = time.perf_counter()
         outputs, self._ended = self._ended, []
-        preemptions = self.scheduler.preemptions
+        preemptions, prefixes = self.scheduler.preemptions, self.scheduler.prefixes
+        queries, hits, seconds = prefixes.queries, prefixes.hits, prefixes.seconds
+        if self._drafter is not None:
+            self._drafter.propose(self.scheduler.running)
         shares = self.scheduler.schedule()
         stats = Stats()
         if shares:
-            self._note_first_share(shares)
-            stats.tokens = sum(share.length * (share.request.width if share.start else 1) for share in shares)
-            stats.prompt_tokens = sum(max(0, min(len(r.prompt) - start, count)) for r, start, count in shares)
+            self._note(shares, stats)
             searched = [share for share in shares if isinstance(share.request, BeamRequest)]
             plain = [share for share in shares if share not in searched] if searched else shares
-            stepped: list[Output] = []
-            try:
-                if plain:
-                    stepped += self._advance(plain)
-            except Exception as error:
-                stepped += [self._fail(share.request, _sentence(error)) for share in plain]
+            stepped = self._advance(plain, stats) if plain else []
             for share in searched:
-                stepped += self._search(share)
+                if share.request.status is Status.RUNNING:  # not preempted for want of memory
+                    stepped += self._search(share, stats)
             self._tidy()
             outputs += stepped
             stats.generated = sum(len(output.tokens) for output in stepped)
         stats.preemptions = self.scheduler.preemptions - preemptions
+        stats.prefix_queries, stats.prefix_hits = prefixes.queries - queries, prefixes.hits - hits
+        stats.prefix_seconds = prefixes.seconds - seconds
+        stats.seconds = time.perf_counter() - began
         return Step(outputs, self.fill(stats))
 
     def fill(self, stats: Stats) -> Stats:
@@ -148,142 +168,135 @@ class Engine:
         stats.cache_usage = self.blocks.usage
         return stats
 
-    def _note_first_share(self, shares: Sequence[Share]) -> None:
+    def _note(self, shares: Sequence[Share], stats: Stats) -> None:
+        """What is known of the shares before they are computed."""
         now = time.monotonic()
-        for share in shares:
-            if not share.request.scheduled:
-                share.request.scheduled = now
+        for request, start, length in shares:
+            if not request.scheduled:
+                request.scheduled = now
+            stats.tokens += length * request.width if start else length
+            stats.prompt_tokens += max(0, min(len(request.prompt) - start, length))
+            if request.draft:
+                stats.drafts += 1
+                stats.drafted += len(request.draft)
 
-    def _advance(self, shares: Sequence[Share]) -> list[Output]:
-        forward = self.runner.run(shares)
-        for prompt in forward.prompts:
-            self._note_prompt(prompt.request, prompt.start, prompt.logits)
-        for share in shares:
-            self.scheduler.computed(share)
-
+    def _advance(self, shares: Sequence[Share], stats: Stats) -> list[Output]:
+        """One step of the sequences; of each its own end or failure, or that of all."""
         outputs: list[Output] = []
-        going: list[int] = []  # rows of the logits that a token is drawn from
-        for row, share in enumerate(forward.shares):
-            if not forward.sound[row]:
-                outputs.append(self._fail(share.request, NOT_A_NUMBER))
-            elif share.request.generate:
-                going.append(row)
-            else:
-                outputs.append(self._end(share.request, "length"))
-        if not going:
-            return outputs
-
-        requests = [forward.shares[row].request for row in going]
-        logits = forward.logits if len(going) == len(forward.logits) else forward.logits[going]
-        tokens = sampler.draw(requests, logits)
-        for request, token, logprobs in zip(requests, tokens, self._logprobs(requests, logits, tokens), strict=True):
+        try:
+            drawn = self._compute(shares, stats, outputs)
+        except Exception as error:
+            return outputs + self._give_up(shares, error)
+        for share in shares:
+            request = share.request
+            if request.status is not Status.RUNNING:  # not a number
+                continue
+            tokens = drawn.get(request)
+            if tokens is None:
+                self.scheduler.computed(share)
+                if not request.generate and share.catches_up:
+                    outputs.append(self._ended_with(request, endings.only_prompt(request)))
+                continue
+            stats.accepted += len(tokens) - 1
+            before = request.known
             try:
-                outputs.append(self._append(request, token, logprobs))
+                output = endings.take(request, tokens, self.eos)
             except Exception as error:  # of this request's own text or stops: it fails alone
                 outputs.append(self._fail(request, _sentence(error)))
+                continue
+            # Of what was proposed, the cache holds what turned out to be so.
+            self.scheduler.computed(share, min(before + len(tokens) - 1, request.known) - share.start)
+            outputs.append(self._ended_with(request, output) if output.finish_reason else output)
         return outputs
 
-    def _search(self, share: Share) -> list[Output]:
+    def _compute(self, shares: Sequence[Share], stats: Stats, outputs: list[Output]) -> dict[Request, list[Drawn]]:
+        """The tokens that are drawn in this step. Whoever's numbers are none ends here, in `outputs`, before anybody
+        could find what that has left in the cache. Of the others nothing is changed that an exception would leave half
+        done.
+        """
+        began = time.perf_counter()
+        forward = self.runner.run(shares)
+        took = time.perf_counter() - began
+        stats.model_seconds += took
+        self.scheduler.pace.observe(shares, took)
+        for prompt in forward.prompts:
+            _note_prompt(prompt)
+        for request in forward.broken:
+            self.runner.clear(self.scheduler.distrust(request))
+            outputs.append(self._fail(request, NOT_A_NUMBER))
+        requests: list[Request] = []
+        counts: list[int] = []
+        rows: list[int] = []
+        row = 0
+        for share, count in zip(forward.shares, forward.counts, strict=True):
+            if share.request.generate and share.request.status is Status.RUNNING:
+                requests.append(share.request)
+                counts.append(count)
+                rows += range(row, row + count)
+            row += count
+        drawn: list[list[Drawn]] = []
+        if requests:
+            logits = forward.logits if len(rows) == row else forward.logits[rows]
+            drawn = sampler.draw(requests, counts, logits)
+        return dict(zip(requests, drawn, strict=True))
+
+    def _search(self, share: Share, stats: Stats) -> list[Output]:
         """One step of a beam search. The last gives its sequences, best first."""
         request = share.request
         assert isinstance(request, BeamRequest)
+        began = time.perf_counter()
         try:
             found = self.beams.advance(share)
+            stats.model_seconds += time.perf_counter() - began
             self.scheduler.computed(share)
             if found is None:
                 return []
             outputs = self.beams.outputs(request, found, self.tokenizer)
         except Exception as error:
-            sentence = _sentence(error)
-            self._fail(request, sentence)
-            return [Output(id=id, finish_reason="error", error=sentence) for id in request.ids]
+            return self._give_up([share], error)
         self._forget(request)
         return outputs
 
-    def _note_prompt(self, request: Request, start: int, logits: Tensor) -> None:
-        following = request.prompt[start + 1 : start + 1 + len(logits)]
-        assert request.prompt_logprobs is not None
-        assert request.params.prompt_logprobs is not None
-        request.prompt_logprobs += sampler.logprobs(logits, following, request.params.prompt_logprobs)
-
-    def _logprobs(
-        self, requests: Sequence[Request], logits: Tensor, tokens: Sequence[int]
-    ) -> list[list[TokenLogprobs] | None]:
-        """What each request asked to see of the probabilities of its token; computed for those who asked alone."""
-        asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        shown: list[list[TokenLogprobs] | None] = [None] * len(requests)
-        if asked:
-            counts = [requests[row].params.logprobs or 0 for row in asked]
-            entries = sampler.logprobs(logits[asked], [tokens[row] for row in asked], max(counts))
-            for row, count, entry in zip(asked, counts, entries, strict=True):
-                shown[row] = [TokenLogprobs(entry.token, entry.logprob, entry.rank, entry.top[:count])]
-        return shown
-
-    def _append(self, request: Request, token: int, logprobs: list[TokenLogprobs] | None) -> Output:
-        """Adds a token to its sequence, which may end it: by EOS, stop token, stop string or length, in this order."""
-        params = request.params
-        request.output.append(token)
-        if not request.first_token:
-            request.first_token = time.monotonic()
-        output = Output(id=request.id, tokens=[token], logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
-        if len(request.output) > 1:
-            output.prompt_logprobs = None
-        enough = len(request.output) >= params.min_tokens
-
-        eos = not params.ignore_eos and token in self.eos
-        if enough and (eos or token in params.stop_token_ids):
-            # The token that stops is shown as an id; as text only on request.
-            text = request.detokenizer.feed(token) if params.include_stop_str_in_output else ""
-            reason = None if self.eos and token == self.eos[0] and eos else token
-            return self._end(request, "stop", output, text=text, stop_reason=reason)
-
-        text = request.detokenizer.feed(token)
-        passed = request.stops.feed(text) if enough else text
-        if isinstance(passed, Match):
-            output.text = passed.text
-            return self._end(request, "stop", output, stop_reason=passed.stop, flush=False)
-        output.text = passed
-        if len(request.output) >= request.limit:
-            return self._end(request, "length", output)
-        return output
-
-    def _end(
-        self,
-        request: Request,
-        reason: str,
-        output: Output | None = None,
-        *,
-        text: str = "",
-        stop_reason: int | str | None = None,
-        flush: bool = True,
-    ) -> Output:
-        """The last output of a request. Unless a stop string ended it, what was held back is text after all."""
-        if output is None:
-            output = Output(id=request.id, prompt_logprobs=request.prompt_logprobs)
-        if flush:
-            rest = request.stops.feed(text + request.detokenizer.finish())
-            if isinstance(rest, Match):  # complete only now that an unfinished character has been given up
-                output.text += rest.text
-                reason, stop_reason = "stop", rest.stop
-            else:
-                output.text += rest + request.stops.finish()
-        output.finish_reason, output.stop_reason = reason, stop_reason
-        self._forget(request)
-        now = time.monotonic()
-        output.timings = Timings(
-            request.arrival, request.scheduled, request.first_token or now, now, request.preemptions
-        )
-        return output
+    def _give_up(self, shares: Sequence[Share], error: Exception) -> list[Output]:
+        """What cannot be computed ends; unless it was memory that was lacking, and less of it would do."""
+        lacking = _is_lack_of_memory(error)
+        if lacking and self.scheduler.shrink():
+            return []
+        sentence = NO_MEMORY if lacking else _sentence(error)
+        failed = []
+        for request in [share.request for share in shares if share.request.status is not Status.FINISHED]:
+            failed += [Output(id=id, finish_reason="error", error=sentence) for id in _ids(request)]
+            self._forget(request)
+        return failed
 
     def _fail(self, request: Request, sentence: str) -> Output:
-        if request.status is not Status.FINISHED:
-            self._forget(request)
-        return Output(id=request.id, finish_reason="error", error=sentence)
+        return self._ended_with(request, Output(id=request.id, finish_reason="error", error=sentence))
+
+    def _ended_with(self, request: Request, output: Output) -> Output:
+        self._forget(request)
+        return output
 
     def _forget(self, request: Request) -> None:
         self.scheduler.finish(request)
-        for id in request.ids if isinstance(request, BeamRequest) else [request.id]:
+        for id in _ids(request):
             self._requests.pop(id, None)
+
+
+def _note_prompt(prompt: PromptLogits) -> None:
+    request, start, logits = prompt
+    assert request.prompt_logprobs is not None
+    assert request.params.prompt_logprobs is not None
+    following = request.prompt[start + 1 : start + 1 + len(logits)]
+    request.prompt_logprobs += sampler.logprobs(logits, following, request.params.prompt_logprobs)
+
+
+def _ids(request: Request) -> list[str]:
+    return request.ids if isinstance(request, BeamRequest) else [request.id]
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """torch says so of a GPU's by a class of its own, of the machine's by a text alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _sentence(error: Exception) -> str:

@@ -57,16 +57,20 @@ class RowsRunner:
 
         rows = [row for row, share in enumerate(stepped) if share.catches_up]
         logits = logits[:, -1].float()
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+        broken = [share.request for share, good in zip(stepped, finite, strict=True) if not good]
         if len(rows) < len(stepped):
             logits = logits[rows]
-        sound = torch.isfinite(logits.sum(dim=-1)).tolist()
-        return Forward([stepped[row] for row in rows], [1] * len(rows), logits, sound, iter(()))
+        return Forward([stepped[row] for row in rows], [1] * len(rows), logits, broken, iter(()))
 
     def tidy(self) -> None:
         """See Runner."""
         stay = [r for r, request in enumerate(self._rows) if request.status is Status.RUNNING and request.computed]
         self._state = self._select(stay)
         self._rows = [self._rows[row] for row in stay]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Nothing to do: what a request has is in its row, and leaves with it."""
 
     def _going(self, shares: Sequence[Share]) -> Iterator[_Part]:
         """Rows of the state that take one token, together; then those that have to take several, each alone."""

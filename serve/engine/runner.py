@@ -33,13 +33,14 @@ class Forward(NamedTuple):
     """What the shares that catch up leave: `counts[i]` rows of `logits` fp32 [R, V] belong to `shares[i]`, in order.
 
     The first row is what follows the last known token, each further one what follows a token of the draft that the
-    share covers. `prompts` are computed while they are read.
+    share covers. `broken` are those requests of which something that was computed is no number; it may be in the
+    cache. `prompts` are computed while they are read.
     """
 
     shares: list[Share]
     counts: list[int]
     logits: Tensor
-    sound: list[bool]  # whether the rows of a share are made of numbers
+    broken: list[Request]
     prompts: Iterator[PromptLogits]
 
 
@@ -55,6 +56,11 @@ class Runner(Protocol):
     def tidy(self) -> None:
         """Lets go of what is kept of requests that do not run any more: ended, aborted or preempted."""
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Writes zeros over what blocks of the cache hold, which is no number: whoever has them next multiplies, with
+        zero, also what lies behind its own end.
+        """
+
 
 class PagedRunner:
     """A decoder over pages, where what belongs to a request is what its blocks hold."""
@@ -67,7 +73,7 @@ class PagedRunner:
         self._windows = model.config.windows()
 
     def run(self, shares: Sequence[Share]) -> Forward:
-        """See Runner. Blocks that hold what is no number are cleared."""
+        """See Runner."""
         hidden = self.hidden(shares)
         caught_up: list[Share] = []
         counts: list[int] = []
@@ -80,12 +86,8 @@ class PagedRunner:
                 counts.append(share.start + share.length - share.request.known + 1)
                 wanted += range(end - counts[-1], end)
         final = hidden if len(wanted) == len(hidden) else hidden.index_select(0, self._tensor(wanted))
-        sound = self._sound(final, counts)
-        for share, good in zip(caught_up, sound, strict=True):
-            if not good:
-                self.pages.clear(share.request.table)
         logits = self.model.logits(final).float()
-        return Forward(caught_up, counts, logits, sound, self._prompt_logits(shares, hidden))
+        return Forward(caught_up, counts, logits, _broken(shares, hidden), self._prompt_logits(shares, hidden))
 
     def hidden(self, shares: Sequence[Share]) -> Tensor:
         """What the model makes of the tokens of the shares, [tokens, width]; good until the next call."""
@@ -102,13 +104,12 @@ class PagedRunner:
         """int64, by way of numpy, which reads a list several times as fast."""
         return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.pages.device)
 
-    @staticmethod
-    def _sound(final: Tensor, counts: Sequence[int]) -> list[bool]:
-        rows = iter(torch.isfinite(final.sum(dim=-1, dtype=torch.float32)).tolist())
-        return [all([next(rows) for _ in range(count)]) for count in counts]
-
     def tidy(self) -> None:
         """Nothing to do: blocks are the scheduler's to free."""
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """See Runner."""
+        self.pages.clear(blocks)
 
     def _prompt_logits(self, shares: Sequence[Share], hidden: Tensor) -> Iterator[PromptLogits]:
         row = 0
@@ -121,3 +122,14 @@ class PagedRunner:
                     rows = slice(row + first - start, row + min(first + PROMPT_ROWS, end) - start)
                     yield PromptLogits(request, first, self.model.logits(hidden[rows]).float())
             row += count
+
+
+def _broken(shares: Sequence[Share], hidden: Tensor) -> list[Request]:
+    """Requests of which a row of hidden [tokens, width] is no number. Not the last row alone: a layer that sees the
+    nearest positions alone need not have passed it on.
+    """
+    finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))
+    if bool(finite.all()):
+        return []
+    whole = finite.split([share.length for share in shares])
+    return [share.request for share, rows in zip(shares, whole, strict=True) if not bool(rows.all())]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Inner
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Inner
 
 from lm.tokenizer import Tokenizer, train_bpe, train_characters
 from serve.engine.detokenizer import Detokenizer, Detokenizers, Detokenizing, Match, OfBytes, StopStrings
