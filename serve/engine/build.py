@@ -15,6 +15,7 @@ from lm.linear import bf16_is_fast
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
 from serve.engine import rows
+from serve.engine.draft import Speculation
 from serve.engine.engine import Engine, in_rows
 from serve.engine.memory import SetupError, ran_out, size_cache, step_budget
 from serve.engine.messages import Add, EngineConfig, Ready
@@ -51,6 +52,7 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
     size = size_cache(model.config.context, per_block, config, device, sides=2 if model.encoder_decoder else 1)
     budget, budget_note = step_budget(size.max_model_len, config, whole=in_rows(model))
     eos = eos_token_ids(config.folder, tokenizer, model.config.vocab_size)
+    speculation, draft_note = choose_speculation(config, whole=in_rows(model))
     engine = Engine(
         model,
         tokenizer,
@@ -61,6 +63,9 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         blocks=size.blocks,
         block_size=config.block_size,
         seed=config.seed,
+        policy=config.scheduling_policy,
+        prefix_caching=config.enable_prefix_caching,
+        speculation=speculation,
     )
     sized = time.perf_counter()
     first_token(engine)
@@ -80,7 +85,7 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         cache_bytes=size.blocks * per_block,
         threads=threads,
         seconds={"load": loaded - begin, "cache": sized - loaded, "first_token": time.perf_counter() - sized},
-        note=" ".join(sentence for sentence in (note, size.note, budget_note) if sentence) or None,
+        note=" ".join(sentence for sentence in (note, size.note, budget_note, draft_note) if sentence) or None,
     )
 
 
@@ -118,6 +123,15 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     if device == "cpu" and own is torch.float16:
         return torch.bfloat16, "On a CPU float16 is slow: the weights were taken as bfloat16."
     return own, None
+
+
+def choose_speculation(config: EngineConfig, *, whole: bool) -> tuple[Speculation | None, str | None]:
+    """What is proposed in each step. A model that reads its prompt as a whole writes no part of it: a sentence."""
+    if config.speculative == 0:
+        return None, None
+    if whole:
+        return None, "Nothing is speculated: this model's answers do not continue their prompts."
+    return Speculation(config.speculative, config.prompt_lookup_max, config.prompt_lookup_min), None
 
 
 def bytes_per_block(model: Any, size: int, dtype: torch.dtype) -> int:

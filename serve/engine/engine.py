@@ -24,6 +24,7 @@ from serve.engine.beams import Beams
 from serve.engine.blocks import BlockManager
 from serve.engine.draft import Drafter, Speculation
 from serve.engine.gpu_runner import paged_runner
+from serve.engine.memory import ran_out
 from serve.engine.messages import Add, AddBeam, Output, Stats, Step
 from serve.engine.pages import Pages
 from serve.engine.requests import BeamRequest, Request, Status
@@ -259,7 +260,7 @@ class Engine:
 
     def _give_up(self, shares: Sequence[Share], error: Exception) -> list[Output]:
         """What cannot be computed ends; unless it was memory that was lacking, and less of it would do."""
-        lacking = _is_lack_of_memory(error)
+        lacking = ran_out(error)
         if lacking and self.scheduler.shrink():
             return []
         sentence = NO_MEMORY if lacking else _sentence(error)
@@ -292,11 +293,6 @@ def _note_prompt(prompt: PromptLogits) -> None:
 
 def _ids(request: Request) -> list[str]:
     return request.ids if isinstance(request, BeamRequest) else [request.id]
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """torch says so of a GPU's by a class of its own, of the machine's by a text alone."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _sentence(error: Exception) -> str:
