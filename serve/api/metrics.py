@@ -13,7 +13,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 FEW = (1, 2, 5, 10, 20)
-REASONS = ("stop", "length", "abort", "error")
+REASONS = ("stop", "length", "abort", "error", "repetition")
 LABELS = ("model_name", "engine")
 
 
@@ -38,7 +38,8 @@ class Metrics:
         self._preemptions = self._counter(
             "num_preemptions", "Sequences that lost their blocks and were computed again."
         )
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens computed.")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens, computed or found in the prefix cache.")
+        self._cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
@@ -88,7 +89,8 @@ class Metrics:
         self._waiting.set(stats.waiting)
         self._usage.set(stats.cache_usage)
         self._preemptions.inc(stats.preemptions)
-        self._prompt.inc(stats.prompt_tokens)
+        self._prompt.inc(stats.prompt_tokens + stats.prefix_hits)
+        self._cached.inc(stats.prefix_hits)
         self._generated.inc(stats.generated)
         self._queries.inc(stats.prefix_queries)
         self._hits.inc(stats.prefix_hits)

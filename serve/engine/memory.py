@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from serve.engine.messages import EngineConfig
 FREE_SHARE = 0.4
 # and the most that it takes if told so: more would leave nothing to compute with.
 MOST_SHARE = 0.9
+GROUP = Path("/sys/fs/cgroup")  # what the control group may take and takes
 
 
 class SetupError(ValueError):
@@ -92,11 +94,13 @@ def free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((GROUP / "memory.max").read_text())  # or "max", which is none
+        used = int((GROUP / "memory.current").read_text())
+        # What the group's files take and nobody has read lately is given up when memory is needed.
+        spare = re.search(r"^inactive_file (\d+)$", (GROUP / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):
         return free
-    return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
+    return min(free, max(0, limit - used + int(spare[1] if spare else 0)))
 
 
 def ran_out(error: BaseException) -> bool:

@@ -119,6 +119,8 @@ def test_a_port_in_use(folder: Path) -> None:
         (["--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--max-model-len", "1000"], "--max-model-len is 1000; the model was made for 256 tokens at most."),
+        (["--speculative-config", '{"method": "eagle"}'], 'must be an object whose "method" is "ngram"'),
+        (["--scheduling-policy", "lifo"], "argument --scheduling-policy: invalid choice: 'lifo'"),
         (["--host", "203.0.113.7"], "Cannot bind 203.0.113.7"),
     ],
 )

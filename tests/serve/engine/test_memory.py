@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,6 +79,17 @@ def test_a_source_is_never_longer_than_a_step() -> None:
 
 def test_free_memory_is_what_the_machine_has() -> None:
     assert 2**20 < memory.free_bytes("cpu") < 2**50
+
+
+def test_a_control_group_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    whole = memory.free_bytes("cpu")
+    files = {"memory.max": "5000000\n", "memory.current": "3000000\n", "memory.stat": "anon 1\ninactive_file 700000\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert memory.free_bytes("cpu") == 2_700_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes("cpu") == pytest.approx(whole, rel=0.5)
 
 
 def test_a_lack_of_memory_is_known_from_other_errors() -> None:
