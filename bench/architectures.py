@@ -27,7 +27,7 @@ from bench.record import ROOT, WORK, save_table, timed, train_command
 SOURCE, TARGET = "de", "en"
 JOINED = 4  # sentences in the longest training text
 LONGEST = 6  # sentences in the longest test text
-STEPS = 3000  # updates of 4,096 tokens, about 12 passes over the joined and the single texts
+TOKENS = 3000 * 4096  # that each is trained on, padding included: about 12 passes over the single and the joined texts
 BUCKETS = (10, 20, 30, 40, 50, 60)  # source words: a bucket holds up to so many
 BEAM, ALPHA = 5, 1.0
 PICTURE = ROOT / "docs" / "pictures" / "bleu-length.svg"
@@ -85,9 +85,12 @@ def by_length() -> dict[int, tuple[list[str], list[str]]]:
 
 def run_of(case: Case, files: dict[str, Path]) -> tuple[Path, Case]:
     """Where a case is trained, and the case with this benchmark's data."""
+    from train.config import load
+
     positions = [f"model.positions={kind}" for kind in case.overrides]
     run_dir = WORK / "architectures" / "-".join([case.name, *case.overrides])
-    overrides = (*(f"{key}={value}" for key, value in files.items()), *positions, f"train.steps={STEPS}")
+    size = load(case.recipe, ["data.source=none", "data.target=none"]).train.batch_tokens or TOKENS
+    overrides = (*(f"{key}={value}" for key, value in files.items()), *positions, f"train.steps={TOKENS // size}")
     return run_dir, Case(case.model, case.recipe, case.source, case.target, overrides=overrides)
 
 
