@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lm import DecoderConfig, DecoderLM, SamplingParams
+from lm.params import RepetitionDetectionParams
 from lm.search import generate
 from lm.tokenizer import Tokenizer
 from serve.engine.engine import Engine
 from serve.engine.messages import Add, Output
+from serve.engine.runner import Forward
+from serve.engine.scheduler import Share
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
@@ -27,7 +30,7 @@ def run(engine: Engine, adds: Sequence[Add]) -> dict[str, list[Output]]:
     """All outputs by id; the block manager's invariant is checked after every step."""
     for add in adds:
         engine.add(add)
-    outputs: dict[str, list[Output]] = {add.id: [] for add in adds}
+    outputs: dict[str, list[Output]] = {id: [] for id in [add.id for add in adds] or engine._requests}
     while engine.has_work:
         for output in engine.step().outputs:
             outputs[output.id].append(output)
@@ -251,10 +254,113 @@ def test_an_exception_in_a_step_ends_its_requests_and_the_engine_goes_on(
     assert len(tokens(run(engine, [Add("x", [1], GREEDY, 0.0)])["x"])) == 20
 
 
+def test_what_is_no_number_in_the_middle_of_a_prompt_is_found_by_nobody(
+    model: DecoderLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read in chunks, and the windows of the layers do not reach from its end to where it went wrong."""
+    monkeypatch.setitem(model._modules, "embed_tokens", Poison(model.embed_tokens, 7))
+    engine = Engine(model, tokenizer, blocks=40, block_size=4, max_num_batched_tokens=8)
+    bad = [*range(10, 26), 7, *[3] * 100]
+    for _ in range(2):
+        (output,) = run(engine, [Add("bad", bad, GREEDY, 0.0)])["bad"]
+        assert "not a number" in (output.error or "")
+        assert engine.scheduler.prefixes.hits == 0
+    for tensor in engine.runner.pages.keys + engine.runner.pages.values:
+        assert bool(torch.isfinite(tensor).all())
+    assert len(tokens(run(engine, [Add("good", bad[:16], replace(GREEDY, logit_bias={7: -100}), 0.0)])["good"])) == 20
+
+
+def lacking(most: int) -> Callable[[Callable], Callable]:
+    """Makes `run` of a runner that has memory for so many tokens a step."""
+
+    def wrap(run: Callable) -> Callable:
+        def limited(shares: Sequence[Share]) -> Forward:
+            if sum(share.length for share in shares) > most:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+            return run(shares)
+
+        return limited
+
+    return wrap
+
+
+def test_lack_of_memory_makes_steps_smaller_and_ends_nobody(
+    model: DecoderLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, tokenizer, blocks=200)
+    monkeypatch.setattr(engine.runner, "run", lacking(64)(engine.runner.run))
+    given = prompts(tokenizer.vocab_size)
+    outputs = run(engine, [Add(str(i), prompt, GREEDY, 0.0) for i, prompt in enumerate(given)])
+    assert engine.scheduler.preemptions > 0
+    for i, prompt in enumerate(given):
+        assert tokens(outputs[str(i)]) == generate(model, [prompt], GREEDY)[0]
+
+
+def test_a_request_for_which_memory_lacks_even_alone_ends(
+    model: DecoderLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, tokenizer, blocks=200)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lacking(0)(engine.runner.run))
+        outputs = run(engine, [Add(str(i), [1, 2, 3], GREEDY, 0.0) for i in range(3)])
+        assert all("not enough memory" in (output.error or "") for (output,) in outputs.values())
+    assert len(tokens(run(engine, [Add("x", [1], GREEDY, 0.0)])["x"])) == 20
+
+
+def test_a_fault_in_one_requests_text_ends_that_one(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, blocks=200)
+    for id in ("good", "bad"):
+        engine.add(Add(id, [1, 2, 3], GREEDY, 0.0))
+    engine._requests["bad"].detokenizer = None
+    outputs = run(engine, [])
+    assert "AttributeError" in (outputs["bad"][-1].error or "")
+    assert tokens(outputs["good"]) == generate(model, [[1, 2, 3]], GREEDY)[0]
+
+
+def test_bad_words_and_allowed_tokens(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    prompt = prompts(tokenizer.vocab_size)[3]
+
+    def text(**changes: object) -> str:
+        params = replace(GREEDY, max_tokens=60, **changes)
+        return "".join(output.text for output in run(Engine(model, tokenizer), [Add("x", prompt, params, 0.0)])["x"])
+
+    free = text()
+    word = free[6:9]
+    assert word not in text(bad_words=[word, *(word[:end] for end in (1, 2))])
+    assert set(text(allowed_token_ids=tokenizer.encode("fox"))) <= set("fox")
+
+
+def test_logprobs_of_named_tokens_and_of_all(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    vocab, ids = tokenizer.vocab_size, (9, 3)
+    named = replace(GREEDY, max_tokens=5, logprobs=2, logprob_token_ids=ids)
+    every = replace(GREEDY, max_tokens=5, logprobs=-1)
+    outputs = run(Engine(model, tokenizer), [Add("named", [1, 2], named, 0.0), Add("all", [1, 2], every, 0.0)])
+    entries = {id: [entry for output in each for entry in output.logprobs or []] for id, each in outputs.items()}
+    for some, whole in zip(entries["named"], entries["all"], strict=True):
+        assert len(whole.top) == vocab
+        assert (some.token, some.rank, whole.rank) == (whole.token, 1, 1)
+        assert some.logprob == pytest.approx(whole.logprob)
+        assert dict(some.top) == pytest.approx({id: value for id, value in whole.top if id in ids})
+        assert [id for id, _ in some.top] == list(ids)
+
+
+def test_a_loop_ends_a_request(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    loop = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
+    params = replace(GREEDY, allowed_token_ids=(5,), repetition_detection=loop)
+    outputs = run(Engine(model, tokenizer), [Add("x", [1], params, 0.0)])["x"]
+    assert (tokens(outputs), outputs[-1].finish_reason) == ([5, 5, 5], "repetition")
+
+
 def test_what_cannot_be_ends_with_an_error_and_not_an_exception(model: DecoderLM, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_model_len=50, blocks=200)
-    for prompt in ([], [1] * 50):
-        (output,) = run(engine, [Add("x", prompt, GREEDY, 0.0)])["x"]
+    for prompt, params in (
+        ([], GREEDY),
+        ([1] * 50, GREEDY),
+        ([tokenizer.vocab_size], GREEDY),
+        ([1], replace(GREEDY, logit_bias={-1: 1.0})),
+        ([1], replace(GREEDY, allowed_token_ids=[tokenizer.vocab_size])),
+    ):
+        (output,) = run(engine, [Add("x", prompt, params, 0.0)])["x"]
         assert output.finish_reason == "error"
     engine.add(Add("twice", [1], GREEDY, 0.0))
     engine.add(Add("twice", [1], GREEDY, 0.0))
