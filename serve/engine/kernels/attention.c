@@ -86,9 +86,14 @@ static void write_part(const Step *step, const Layer *layer, const Part *part, i
 
 // ---- the two products of a tile, in registers ----
 
-// scores[r][0 : columns * WIDTH] = q[r] . keys; q rows are `wide` apart, dimensions of a key `size`.
+INLINE void fetch(const void *from, int64_t numbers, int is_bf16) {  // into the second cache; a line has 16 or 32 numbers
+    if (!is_bf16 || numbers % 32 == 0) __builtin_prefetch(at(from, numbers, is_bf16), 0, 2);
+}
+
+// scores[r][0 : columns * WIDTH] = q[r] . keys; q rows are `wide` apart, dimensions of a key `size`. Meanwhile the cells
+// `ahead`, one for each cell here, come nearer: blocks lie anywhere, and the processor does not guess where.
 INLINE void dots(int rows, int columns, int is_bf16, const float *q, int64_t wide, int64_t dim, const void *const *keys,
-                 int64_t size, float *scores) {
+                 int64_t size, float *scores, const void *const *ahead) {
     vf sums[TILE][COLUMNS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -98,6 +103,8 @@ INLINE void dots(int rows, int columns, int is_bf16, const float *q, int64_t wid
         vf key[COLUMNS];
 #pragma GCC unroll 8
         for (int c = 0; c < columns; c++) key[c] = load_any(keys[c], d * size, is_bf16);
+        if (ahead)
+            for (int c = 0; c < (columns + VECTORS - 1) / VECTORS; c++) fetch(ahead[c], d * CELL, is_bf16);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const vf x = splat(q[r * wide + d]);
@@ -111,9 +118,11 @@ INLINE void dots(int rows, int columns, int is_bf16, const float *q, int64_t wid
         for (int c = 0; c < columns; c++) store(scores + r * GROUP + c * WIDTH, sums[r][c]);
 }
 
-// out[r][0 : columns * WIDTH] = scale[r] * out[r] + sum of weights[r][j] * values[j], j from first to last.
+// out[r][0 : columns * WIDTH] = scale[r] * out[r] + sum of weights[r][j] * values[j], j from first to last; values from
+// dimension d on. Meanwhile the same dimensions of the key cells `ahead` come nearer, one for each cell here.
 INLINE void mix(int rows, int columns, int is_bf16, const float *weights, int64_t first, int64_t last,
-                const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out, int64_t wide) {
+                const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out, int64_t wide,
+                const void *const *ahead, int64_t size) {
     vf sums[TILE][COLUMNS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -126,6 +135,9 @@ INLINE void mix(int rows, int columns, int is_bf16, const float *weights, int64_
             vf value[COLUMNS];
 #pragma GCC unroll 8
             for (int c = 0; c < columns; c++) value[c] = load_any(values, c * WIDTH, is_bf16);
+            if (ahead)
+                for (int c = 0; c < columns * WIDTH / CELL; c++)
+                    fetch(ahead[j / CELL], (d + j % CELL * (columns * WIDTH / CELL) + c) * size, is_bf16);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 const vf x = splat(weights[r * GROUP + j]);
@@ -165,14 +177,15 @@ INLINE void mix(int rows, int columns, int is_bf16, const float *weights, int64_
     }
 
 __attribute__((noinline)) static void dots_of(int rows, int columns, int is_bf16, const float *q, int64_t wide, int64_t dim,
-                    const void *const *keys, int64_t size, float *scores) {
-#define DOTS(R, C, B) dots(R, C, B, q, wide, dim, keys, size, scores)
+                    const void *const *keys, int64_t size, float *scores, const void *const *ahead) {
+#define DOTS(R, C, B) dots(R, C, B, q, wide, dim, keys, size, scores, ahead)
     OF_SIZE(DOTS)
 }
 
 __attribute__((noinline)) static void mix_of(int rows, int columns, int is_bf16, const float *weights, int64_t first, int64_t last,
-                   const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out, int64_t wide) {
-#define MIX(R, C, B) mix(R, C, B, weights, first, last, cells, d, dim, scale, out, wide)
+                   const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out, int64_t wide,
+                   const void *const *ahead, int64_t size) {
+#define MIX(R, C, B) mix(R, C, B, weights, first, last, cells, d, dim, scale, out, wide, ahead, size)
     OF_SIZE(MIX)
 }
 
@@ -219,7 +232,8 @@ INLINE float weigh(float *scores, int vectors, int64_t base, int64_t first, int6
 
 // Rows [row : row + rows] of the part take in the keys of the group at `base`.
 static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t wide, int64_t dim, int is_bf16,
-                        const void *const *key_cells, int64_t size, const void *const *value_cells) {
+                        const void *const *key_cells, int64_t size, const void *const *value_cells,
+                        const void *const *ahead) {
     int64_t first = work->first[row], end = work->end[row];
     for (int64_t r = row + 1; r < row + rows; r++) {
         first = least(first, work->first[r]);
@@ -233,7 +247,8 @@ static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t
         const int columns = (int)least(COLUMNS, vectors - i);
         for (int c = 0; c < columns; c++)
             keys[c] = at(key_cells[(i + c) / VECTORS], (i + c) % VECTORS * WIDTH, is_bf16);
-        dots_of(rows, columns, is_bf16, work->q + row * wide, wide, dim, keys, size, work->weights + i * WIDTH);
+        dots_of(rows, columns, is_bf16, work->q + row * wide, wide, dim, keys, size, work->weights + i * WIDTH,
+                ahead ? value_cells + i / VECTORS : NULL);
     }
     float scale[TILE];
     for (int r = 0; r < rows; r++) {
@@ -244,7 +259,7 @@ static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t
     const int chunks = (int)(wide / WIDTH);
     for (int i = 0; i < chunks; i += COLUMNS)
         mix_of(rows, (int)least(COLUMNS, chunks - i), is_bf16, work->weights, from, to, value_cells, i * WIDTH, dim, scale,
-               work->out + row * wide + i * WIDTH, wide);
+               work->out + row * wide + i * WIDTH, wide, ahead, size);
 }
 
 // A group of bf16 as floats, in place of its cells: with many tiles it pays to convert once. An exact conversion.
@@ -261,6 +276,20 @@ static void widen(Work *work, const void **key_cells, int64_t size, const void *
         key_cells[i] = keys;
         value_cells[i] = values;
     }
+}
+
+// Where the cells of the group at `base` are; returns how many there are up to key `last`.
+INLINE int locate(const Step *step, const Layer *layer, const Part *part, int64_t head, int64_t base, int64_t last,
+                  const void **key_cells, const void **value_cells) {
+    const int64_t dim = step->dim, size = step->size;
+    const int cells = (int)least(GROUP / CELL, (last - base + CELL - 1) / CELL);
+    for (int i = 0; i < cells; i++) {
+        const int64_t position = base + i * CELL, offset = position % size;
+        const int64_t block = head * step->blocks + step->tables[part->table + position / size];
+        key_cells[i] = at(layer->keys, block * dim * size + offset, (int)step->is_bf16);
+        value_cells[i] = at(layer->values, (block * size + offset) * dim, (int)step->is_bf16);
+    }
+    return cells;
 }
 
 static void attend_part(const Step *step, const Layer *layer, const Part *part, int64_t head, int64_t slice) {
@@ -287,18 +316,15 @@ static void attend_part(const Step *step, const Layer *layer, const Part *part, 
     const int64_t last = part->position + part->count;
     for (int64_t base = work.first[0] / GROUP * GROUP; base < last; base += GROUP) {
         const void *key_cells[GROUP / CELL], *value_cells[GROUP / CELL];
-        const int cells = (int)least(GROUP / CELL, (last - base + CELL - 1) / CELL);
-        for (int i = 0; i < cells; i++) {
-            const int64_t position = base + i * CELL, offset = position % size;
-            const int64_t block = head * step->blocks + step->tables[part->table + position / size];
-            key_cells[i] = at(layer->keys, block * dim * size + offset, is_bf16);
-            value_cells[i] = at(layer->values, (block * size + offset) * dim, is_bf16);
-        }
+        const int cells = locate(step, layer, part, head, base, last, key_cells, value_cells);
+        const void *ahead[GROUP / CELL], *unused[GROUP / CELL];
+        for (int i = tiles == 1 ? locate(step, layer, part, head, base + GROUP, last, ahead, unused) : 0; i < cells; i++)
+            ahead[i] = key_cells[i];
         const int widened = is_bf16 && tiles > 1;
         if (widened) widen(&work, key_cells, size, value_cells, cells, wide, dim);
         for (int64_t row = 0; row < rows; row += tile)
             attend_tile(&work, row, (int)least(tile, rows - row), base, wide, dim, is_bf16 && !widened, key_cells,
-                        widened ? CELL : size, value_cells);
+                        widened ? CELL : size, value_cells, tiles == 1 ? ahead : NULL);
     }
 
     for (int64_t r = 0; r < rows; r++) {
