@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm.params import SamplingParams
+from lm.upload import upload
 
 LARGEST_BIAS = 100.0  # a larger one, either way, is taken as this
 
@@ -120,18 +121,18 @@ class _Entries:
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and token of each entry, int64 [N] both."""
-        tokens = torch.frombuffer(self._tokens, dtype=torch.int64).to(device)
-        return self._spread(torch.tensor(self.rows, device=device)), tokens
+        tokens = upload(torch.frombuffer(self._tokens, dtype=torch.int64), device)
+        return self._spread(upload(torch.tensor(self.rows), device)), tokens
 
     def values(self, device: torch.device) -> Tensor:
-        return torch.frombuffer(self._values, dtype=torch.float32).to(device)
+        return upload(torch.frombuffer(self._values, dtype=torch.float32), device)
 
     def of_rows(self, numbers: Sequence[float], device: torch.device) -> Tensor:
         """A number for each entry from one for each row, in the order in which rows were added."""
-        return self._spread(torch.tensor(numbers, dtype=torch.float32, device=device))
+        return self._spread(upload(torch.tensor(numbers, dtype=torch.float32), device))
 
     def _spread(self, each: Tensor) -> Tensor:
-        lengths = torch.tensor(self._lengths, device=each.device)
+        lengths = upload(torch.tensor(self._lengths), each.device)
         return each.repeat_interleave(lengths, output_size=len(self._tokens))
 
 
@@ -162,7 +163,7 @@ def adjust(logits: Tensor, rows: Sequence[Row], stop_ids: Collection[int] = ()) 
     if allowed:
         places = allowed.places(device)
         kept = logits[places]
-        logits[torch.tensor(allowed.rows, device=device)] = -torch.inf
+        logits[upload(torch.tensor(allowed.rows), device)] = -torch.inf
         logits[places] = kept
     if banned:
         logits[banned.places(device)] = -torch.inf

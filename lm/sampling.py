@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lm.params import SamplingParams
+from lm.upload import upload
 
 LOWEST_TEMPERATURE = 1e-2  # a smaller one, if it is not greedy, is raised to this
 SHORTLIST = 64
 BLOCK = 256  # tokens whose probabilities are summed up before one of them is looked for
-CELLS = 400_000  # logits that are worked on at a time: what fits a core's cache
+CELLS = 400_000  # logits that a CPU works on at a time: what fits a core's cache
 
 
 class Uniforms:
@@ -40,18 +41,18 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
         return logits.argmax(dim=-1)
     tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     if greedy:
-        rows = torch.tensor(greedy, device=logits.device)
+        rows = upload(torch.tensor(greedy), logits.device)
         tokens[rows] = logits[rows].argmax(dim=-1)
-    at_once = max(1, CELLS // logits.shape[1])
+    at_once = max(1, CELLS // logits.shape[1]) if logits.device.type == "cpu" else len(params)
     for filters in (False, True):
         drawn = [r for r, p in enumerate(params) if not p.greedy and p.filters == filters]
         for first in range(0, len(drawn), at_once):
             few = drawn[first : first + at_once]
-            rows = torch.tensor(few, device=logits.device)
+            rows = upload(torch.tensor(few), logits.device)
             asked = [params[r] for r in few]
-            temperature = torch.tensor([max(p.temperature, LOWEST_TEMPERATURE) for p in asked], device=logits.device)
+            temperature = upload(torch.tensor([max(p.temperature, LOWEST_TEMPERATURE) for p in asked]), logits.device)
             probabilities = (logits[rows] / temperature.unsqueeze(1)).softmax(dim=-1)
-            uniform = torch.tensor([uniforms[r] for r in few], dtype=torch.float64, device=logits.device)
+            uniform = upload(torch.tensor([uniforms[r] for r in few], dtype=torch.float64), logits.device)
             tokens[rows] = _draw_filtered(probabilities, asked, uniform) if filters else _draw(probabilities, uniform)
     return tokens
 
@@ -93,9 +94,9 @@ def _draw_filtered(probabilities: Tensor, params: Sequence[SamplingParams], unif
     vocabulary, device = probabilities.shape[1], probabilities.device
     length = min(SHORTLIST, vocabulary)
     limits = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
-    top_k = torch.tensor(limits, device=device).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
-    min_p = torch.tensor([p.min_p for p in params], device=device).unsqueeze(1)
+    top_k = upload(torch.tensor(limits), device).unsqueeze(1)
+    top_p = upload(torch.tensor([p.top_p for p in params], dtype=torch.float64), device).unsqueeze(1)
+    min_p = upload(torch.tensor([p.min_p for p in params]), device).unsqueeze(1)
 
     listed, index = probabilities.topk(length, dim=-1)
     floor, least = min_p * listed[:, :1], listed[:, -1:]

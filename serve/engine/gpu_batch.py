@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm.upload import upload
 from serve.engine.blocks import NULL
 from serve.engine.requests import Request
 from serve.engine.scheduler import Share
@@ -86,7 +87,7 @@ def mixed(shares: Sequence[Share], size: int, tokens: int, device: torch.device)
                 tiles[tile] = n, row + first, min(tokens, length - first), start + first
                 tile += 1
         row += length
-    return Inputs(*shape.split(torch.from_numpy(flat).to(device)), len(singles))
+    return Inputs(*shape.split(upload(torch.from_numpy(flat), device)), len(singles))
 
 
 class Decoding:

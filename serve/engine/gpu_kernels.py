@@ -25,7 +25,8 @@ SPLITS = 16  # into how many parts the keys of a row are cut at most, so that fe
 LOG2E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["window", "splits"])
+# What differs from step to step is not specialised on: a variant is compiled for each combination, seconds each.
+@triton.jit(do_not_specialize=["window", "splits", "table_row"], do_not_specialize_on_alignment=["tables", "tiles"])
 def _attend(
     q, keys, values, tables, tiles, out, parts, peaks, sums,
     scale, q_row, head_stride, block_stride, table_row, window, splits,
@@ -90,7 +91,7 @@ def _attend(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["tiles"])
 def _join(
     tiles, parts, peaks, sums, out, splits,
     HEADS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, MOST: tl.constexpr,
@@ -109,7 +110,7 @@ def _join(
     tl.store(out + cell * D + d, (tl.sum(mixed * share[:, None], 0) / total).to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _place(
     qkv, q_norm, k_norm, angles, positions, slots, q, keys, values,
     eps, head_stride,

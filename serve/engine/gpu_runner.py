@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from lm.decoder import DecoderLM
+from lm.params import SamplingParams
 from serve.engine import gpu_batch
-from serve.engine.gpu_batch import Decoding
+from serve.engine.blocks import NULL
+from serve.engine.gpu_batch import Decoding, Inputs
 from serve.engine.gpu_decoder import GpuDecoder, Operations
 from serve.engine.gpu_graphs import Capture, CudaCapture, Graphs
 from serve.engine.pages import Pages
+from serve.engine.requests import Request
 from serve.engine.runner import PagedRunner
 from serve.engine.scheduler import Share
 
@@ -41,14 +44,22 @@ class GpuRunner(PagedRunner):
         most = min(seats, MOST)
         decoding = Decoding(most, -(-longest // pages.size), pages.size, pages.device)
         with torch.inference_mode():
+            self._decoder.hidden(self._mixed(_chunk()))  # compiles what no graph uses
             self._graphs = Graphs(self._decoder.hidden, decoding, capture, most)
 
     def hidden(self, shares: Sequence[Share]) -> Tensor:
         """See PagedRunner."""
         if len(shares) <= self._graphs.most and all(share.length == 1 for share in shares):
             return self._graphs.run(shares)
-        inputs = gpu_batch.mixed(shares, self.pages.size, self._decoder.tokens_per_tile, self.pages.device)
-        return self._decoder.hidden(inputs)
+        return self._decoder.hidden(self._mixed(shares))
+
+    def _mixed(self, shares: Sequence[Share]) -> Inputs:
+        return gpu_batch.mixed(shares, self.pages.size, self._decoder.tokens_per_tile, self.pages.device)
+
+
+def _chunk() -> list[Share]:
+    """Two tokens of nobody's, in the null block, where padding goes too."""
+    return [Share(Request(id="", prompt=[0, 0], params=SamplingParams(), table=[NULL, NULL]), 0, 2)]
 
 
 def paged_runner(model: DecoderLM, pages: Pages, *, seats: int, longest: int) -> PagedRunner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lm.decoder import DecoderLM
+from lm.upload import upload
 from serve.engine.pages import Pages
 from serve.engine.requests import Request
 from serve.engine.scheduler import Share
@@ -102,7 +103,7 @@ class PagedRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         """int64, by way of numpy, which reads a list several times as fast."""
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.pages.device)
+        return upload(torch.from_numpy(np.array(values, dtype=np.int64)), self.pages.device)
 
     def tidy(self) -> None:
         """Nothing to do: blocks are the scheduler's to free."""
