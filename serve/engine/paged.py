@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from serve.engine.kernels.attention import CELL, PART_NUMBERS, Layer, Step
+from serve.engine.kernels.attention import Layer, Step, rows_of_part
 from serve.engine.scheduler import Share
 
 if TYPE_CHECKING:
@@ -42,12 +42,8 @@ class PagedAttend:
         pairs = sum(share.length * (share.start + share.length) for share in shares)
         threads = torch.get_num_threads() if 2 * pairs * pages.heads * pages.dim > ALONE else 1
 
-        rows = PART_NUMBERS // (-(-pages.dim // CELL) * CELL)
-        slices = -(-group // rows)  # heads of a group that do not fit into one part are taken in turn
-        if threads > 1 and len(shares) * pages.kv_heads < ITEMS * threads:
-            slices = max(slices, min(group, 2))
         wanted = sum(share.length for share in shares) * pages.kv_heads // (ITEMS * threads)
-        most = min(rows // -(-group // slices), max(FEWEST, wanted))
+        most = min(rows_of_part(pages.dim) // group, max(FEWEST, wanted))
 
         parts: list[tuple[int, int, int, int]] = []
         tables: list[int] = []
@@ -71,7 +67,6 @@ class PagedAttend:
             blocks=pages.blocks,
             is_bf16=pages.dtype is torch.bfloat16,
             parts=len(parts),
-            slices=slices,
             threads=threads,
             part=self._parts.buffer_info()[0],
             tables=self._tables.buffer_info()[0],
@@ -80,13 +75,19 @@ class PagedAttend:
         self._step_at, self._layer_at = ctypes.addressof(self._step), ctypes.addressof(self._layer)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pages, told = self._pages, self._layer
-        heads_together = (pages.dim, 1)
-        q, k, v = (x if x.stride()[1:] == heads_together else x.contiguous() for x in (q, k, v))
+        if q.dtype is not self._pages.dtype:
+            raise TypeError(f"Pages of {self._pages.dtype} cannot take {q.dtype}.")
+        q, k, v = self._aligned(q), self._aligned(k), self._aligned(v)
         out = torch.empty(q.shape, dtype=q.dtype)
+        told = self._layer
         told.q, told.k, told.v, told.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         told.q_stride, told.k_stride, told.v_stride = q.stride(0), k.stride(0), v.stride(0)
-        told.keys, told.values = pages.keys[layer].data_ptr(), pages.values[layer].data_ptr()
+        told.keys, told.values = self._pages.pointers[layer]
         told.window = self._windows[layer]
         self._attend(self._step_at, self._layer_at)
         return out
+
+    def _aligned(self, x: Tensor) -> Tensor:
+        """x, or a copy in which the numbers of a row are contiguous."""
+        _, heads, dims = x.stride()
+        return x if heads == self._pages.dim and dims == 1 else x.contiguous()

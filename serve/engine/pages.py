@@ -17,7 +17,7 @@ from torch import Tensor
 from lm.decoder import DecoderLM
 from serve.engine import kernels
 from serve.engine.kernels import Kernels
-from serve.engine.kernels.attention import CELL, MAX_DIM
+from serve.engine.kernels.attention import CELL, MAX_DIM, rows_of_part
 from serve.engine.paged import PagedAttend
 from serve.engine.paged_torch import TorchAttend
 from serve.engine.scheduler import Share
@@ -53,11 +53,12 @@ class Pages:
     ) -> None:
         self.heads, self.kv_heads, self.dim, self.blocks, self.size = heads, kv_heads, dim, blocks, size
         self.dtype, self.device = dtype, torch.device(device)
-        self.kernels = best_kernels(dim, size, dtype, self.device) if isinstance(kernels, str) else kernels
+        self.kernels = best_kernels(heads // kv_heads, dim, size, dtype, self.device) if isinstance(kernels, str) else kernels
         shape = (kv_heads, blocks, size, dim)
         transposed = (kv_heads, blocks, dim, size)
         self.values = [_zeros(shape, dtype, self.device) for _ in range(layers)]
         self.keys = [_zeros(transposed if self.kernels else shape, dtype, self.device) for _ in range(layers)]
+        self.pointers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(self.keys, self.values, strict=True)]
 
     @classmethod
     def of(cls, model: DecoderLM, *, blocks: int, size: int) -> Pages:
@@ -89,10 +90,11 @@ class Pages:
             tensor.index_fill_(1, index, 0)
 
 
-def best_kernels(dim: int, size: int, dtype: torch.dtype, device: torch.device) -> Kernels | None:
-    """The kernels that attend over such pages, None where torch has to."""
-    fit = dim <= MAX_DIM and size % CELL == 0 and dtype in (torch.float32, torch.bfloat16) and device.type == "cpu"
-    return kernels.current() if fit else None
+def best_kernels(group: int, dim: int, size: int, dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """The kernels that attend over such pages, None where torch has to. group: query heads of a KV head."""
+    numbers = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    fit = dim <= MAX_DIM and group <= rows_of_part(dim) and size % CELL == 0
+    return kernels.current() if numbers and fit else None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ typedef struct {
 typedef struct {
     int64_t heads, kv_heads, dim, size, blocks;
     int64_t is_bf16;  // else float
-    int64_t parts, slices, threads;
+    int64_t parts, threads;
     const Part *part;
     const int32_t *tables;
 } Step;
@@ -292,18 +292,16 @@ INLINE int locate(const Step *step, const Layer *layer, const Part *part, int64_
     return cells;
 }
 
-static void attend_part(const Step *step, const Layer *layer, const Part *part, int64_t head, int64_t slice) {
+static void attend_part(const Step *step, const Layer *layer, const Part *part, int64_t head) {
     Work work;
     const int is_bf16 = (int)step->is_bf16;
     const int64_t dim = step->dim, size = step->size, wide = (dim + CELL - 1) / CELL * CELL;
-    // The query heads that share this KV head, or a slice of them, are rows beside each other, position by position.
-    const int64_t all = step->heads / step->kv_heads;
-    const int64_t begin = all * slice / step->slices, group = all * (slice + 1) / step->slices - begin;
-    const int64_t rows = part->count * group;
+    // The query heads that share this KV head are rows beside each other, position by position.
+    const int64_t group = step->heads / step->kv_heads, rows = part->count * group;
     const float scale = (float)(1.4426950408889634 / __builtin_sqrt((double)dim));
     for (int64_t r = 0; r < rows; r++) {
         const int64_t position = part->position + r / group;
-        const int64_t from = (part->row + r / group) * layer->q_stride + (head * all + begin + r % group) * dim;
+        const int64_t from = (part->row + r / group) * layer->q_stride + (head * group + r % group) * dim;
         for (int64_t d = 0; d < dim; d++) work.q[r * wide + d] = read_any(layer->q, from + d, is_bf16) * scale;
         memset(work.out + r * wide, 0, (size_t)wide * sizeof(float));
         memset(work.total[r], 0, sizeof work.total[r]);
@@ -328,7 +326,7 @@ static void attend_part(const Step *step, const Layer *layer, const Part *part, 
     }
 
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t to = (part->row + r / group) * step->heads * dim + (head * all + begin + r % group) * dim;
+        const int64_t to = (part->row + r / group) * step->heads * dim + (head * group + r % group) * dim;
         const float share = 1.0f / sum_lanes(load(work.total[r]));
         for (int64_t d = 0; d < dim; d++) write_any(layer->out, to + d, work.out[r * wide + d] * share, is_bf16);
     }
@@ -337,17 +335,15 @@ static void attend_part(const Step *step, const Layer *layer, const Part *part, 
 // ---- what Python calls ----
 
 API void heed_attend(const Step *step, const Layer *layer) {
-    const int64_t written = step->parts * step->kv_heads, attended = written * step->slices;
+    const int64_t items = step->parts * step->kv_heads;
 #pragma omp parallel num_threads((int)step->threads) if (step->threads > 1)
     {
         // All keys and values must be there before anybody reads them: the first loop ends with a barrier.
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < written; i++)
+        for (int64_t i = 0; i < items; i++)
             write_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < attended; i++) {
-            const int64_t head = i / step->slices % step->kv_heads;
-            attend_part(step, layer, step->part + i / step->slices / step->kv_heads, head, i % step->slices);
-        }
+        for (int64_t i = 0; i < items; i++)
+            attend_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
     }
 }

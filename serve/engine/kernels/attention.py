@@ -10,6 +10,11 @@ MAX_DIM = 256  # of a head
 PART_NUMBERS = 12288  # query numbers that a part may have: rows times the dimension, rounded up to a cell
 
 
+def rows_of_part(dim: int) -> int:
+    """Queries that a part may have: tokens times the heads that share a KV head."""
+    return PART_NUMBERS // (-(-dim // CELL) * CELL)
+
+
 class Step(ctypes.Structure):
     """What the layers of a step have in common. part: int64 [parts, 4]; tables: int32."""
 
@@ -21,7 +26,6 @@ class Step(ctypes.Structure):
         ("blocks", c_int64),
         ("is_bf16", c_int64),
         ("parts", c_int64),
-        ("slices", c_int64),
         ("threads", c_int64),
         ("part", c_void_p),
         ("tables", c_void_p),
