@@ -1,6 +1,6 @@
 """One side of bench/translate_speed.py: a process that holds one engine, and translates when it is told to.
 
-    python bench/translate_side.py SIDE FOLDER THREADS
+    python bench/translate_side.py SIDE FOLDER THREADS DTYPE
 
 reads one JSON request a line from standard input, {"sources": [[id, ...], ...], "beam": 4, "tokens": 25}, and answers
 with one line, {"seconds": ..., "outputs": [[id, ...], ...]}; first of all it names its version. Exactly `tokens` tokens
@@ -19,14 +19,14 @@ from typing import Any
 Translate = Callable[[list[list[int]], int, int], list[list[int]]]
 
 
-def heed(folder: Path, threads: int) -> tuple[str, Translate]:
+def heed(folder: Path, threads: int, dtype: str) -> tuple[str, Translate]:
     import torch
 
     from lm import __version__, pretrained
     from lm.beam import BeamParams, beam_search
 
     torch.set_num_threads(threads)
-    model = pretrained.load(folder)
+    model = pretrained.load(folder, getattr(torch, dtype))
     end = json.loads((folder / "config.json").read_text())["eos_token_id"]
 
     def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
@@ -36,7 +36,7 @@ def heed(folder: Path, threads: int) -> tuple[str, Translate]:
     return f"heed {__version__}, torch {torch.__version__}", translate
 
 
-def transformers(folder: Path, threads: int) -> tuple[str, Translate]:
+def transformers(folder: Path, threads: int, dtype: str) -> tuple[str, Translate]:
     """The same weights as a MarianMT: post-norm too, its sinusoids replaced by the paper's order of them."""
     import torch
     import transformers as library
@@ -78,6 +78,7 @@ def transformers(folder: Path, threads: int) -> tuple[str, Translate]:
                 name = name.replace(ours, theirs)
             own[f"model.{name}"] = tensor
     model.load_state_dict(own, strict=True)
+    model.to(getattr(torch, dtype))
 
     def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
         longest = max(map(len, sources))
@@ -98,7 +99,7 @@ def transformers(folder: Path, threads: int) -> tuple[str, Translate]:
     return f"transformers {library.__version__}, torch {torch.__version__}", translate
 
 
-def ctranslate2(folder: Path, threads: int) -> tuple[str, Translate]:
+def ctranslate2(folder: Path, threads: int, dtype: str) -> tuple[str, Translate]:
     import ctranslate2 as library
     import numpy as np
     from safetensors.numpy import load_file
@@ -145,12 +146,14 @@ def ctranslate2(folder: Path, threads: int) -> tuple[str, Translate]:
     spec.config.add_source_eos = spec.config.add_source_bos = False
     spec.validate()
     spec.optimize()
-    target = folder / "ctranslate2"
+    target = folder / f"ctranslate2-{dtype}"
     target.mkdir(exist_ok=True)
     spec.save(str(target))
     translator = library.Translator(
-        str(target), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+        str(target), device="cpu", compute_type=dtype, inter_threads=1, intra_threads=threads
     )
+    if translator.compute_type != dtype:  # it takes another where the machine has none of this
+        sys.exit(f"CTranslate2 computes in {translator.compute_type} here, not in {dtype}.")
 
     def translate(sources: list[list[int]], beam: int, tokens: int) -> list[list[int]]:
         found = translator.translate_batch(
@@ -164,11 +167,11 @@ def ctranslate2(folder: Path, threads: int) -> tuple[str, Translate]:
     return f"CTranslate2 {library.__version__}", translate
 
 
-def products(folder: Path, threads: int) -> tuple[str, Translate]:
+def products(folder: Path, threads: int, dtype: str) -> tuple[str, Translate]:
     """Not a translator: only the matrix products that one of this shape cannot do without, as fast as oneDNN does them.
 
     The encoder's over the real source tokens, cross-attention's keys and values once a source, and for every token and
-    hypothesis the decoder's. What this takes, nobody undercuts in float32 on this machine.
+    hypothesis the decoder's. What this takes, nobody undercuts in this dtype on this machine.
     """
     import torch
 
@@ -178,16 +181,20 @@ def products(folder: Path, threads: int) -> tuple[str, Translate]:
     feed_forward = [(inner, width), (width, inner)]
     encoder = [(3 * width, width), (width, width), *feed_forward]
     decoder = [(3 * width, width), (width, width), (width, width), (width, width), *feed_forward]
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape).to(getattr(torch, dtype))
+
     # Each layer has weights of its own: they come from memory as they do in a translator.
-    read_source = [torch.randn(shape) for _ in range(config["encoder_layers"]) for shape in encoder]
-    read_source += [torch.randn(2 * width, width) for _ in range(config["decoder_layers"])]
-    write_token = [torch.randn(shape) for _ in range(config["decoder_layers"]) for shape in decoder]
-    write_token.append(torch.randn(vocabulary, width))
+    read_source = [draw(*shape) for _ in range(config["encoder_layers"]) for shape in encoder]
+    read_source += [draw(2 * width, width) for _ in range(config["decoder_layers"])]
+    write_token = [draw(*shape) for _ in range(config["decoder_layers"]) for shape in decoder]
+    write_token.append(draw(vocabulary, width))
     ready: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
 
     def multiply(weights: list[Any], rows: int) -> None:
         if (id(weights), rows) not in ready:
-            inputs = {size: torch.randn(rows, size) for size in {weight.shape[1] for weight in weights}}
+            inputs = {size: draw(rows, size) for size in {weight.shape[1] for weight in weights}}
             ready[id(weights), rows] = [
                 (inputs[weight.shape[1]], torch.ops.mkldnn._reorder_linear_weight(weight, rows)) for weight in weights
             ]
@@ -221,9 +228,9 @@ def sinusoids(length: int, width: int) -> list[list[float]]:
 
 
 def main() -> None:
-    side, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    side, folder, threads, dtype = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     sides = {"heed": heed, "transformers": transformers, "CTranslate2": ctranslate2, "products alone": products}
-    version, translate = sides[side](folder, threads)
+    version, translate = sides[side](folder, threads, dtype)
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

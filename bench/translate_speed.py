@@ -4,11 +4,14 @@
     QUICK=1 make bench-translate        whether it runs, on a small model; its figures mean nothing
 
 A Transformer of the paper's base shape with a joint vocabulary of 32,000 and random weights; 32 sources of 20 to 30
-tokens in one batch, beam 4, exactly 25 tokens decoded for each, float32, two threads. Each side is a process of its own
-with its model loaded; they take turns. transformers generates with the same weights as a MarianMT, CTranslate2
-translates with them converted (its TransformerSpec is post-norm where it is told so). Before anything is timed, all
-three must give the same greedy output. A fourth process does nothing but the matrix products that all three share: the
-limit of any of them.
+tokens in one batch, beam 4, exactly 25 tokens decoded for each, two threads. Each side is a process of its own with its
+model loaded; they take turns. transformers generates with the same weights as a MarianMT, CTranslate2 translates with
+them converted (its TransformerSpec is post-norm where it is told so). Before anything is timed, all three must give the
+same greedy output in float32. Another process does nothing but the matrix products that all of them share: the limit of
+any.
+
+Each is measured in float32, and where this machine multiplies in bfloat16, ours and transformers in that too;
+CTranslate2 has no bfloat16 on a CPU: its fastest there is int8. Every ratio names the dtype of both its sides.
 
 CTranslate2 is no dependency of the project: it is installed into .cache/bench/ctranslate2, an environment of its own,
 from bench/translate_requirements.txt.
@@ -28,9 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT, WORK, save, timed
+from lm.linear import bf16_is_fast
 
 SIDES = ("heed", "transformers", "CTranslate2")
 LIMIT = "products alone"
+LOW = {"heed": "bfloat16", "transformers": "bfloat16", "CTranslate2": "int8_float32", LIMIT: "bfloat16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8_float32": "int8"}
 PAD, BEGIN, END = 0, 1, 2
 BASE = {"vocab_size": 32000, "context": 128, "start_id": BEGIN}
 TINY = {"vocab_size": 500, "width": 64, "heads": 4, "mlp_width": 128, "encoder_layers": 2, "decoder_layers": 2}
@@ -39,10 +45,10 @@ TINY = {"vocab_size": 500, "width": 64, "heads": 4, "mlp_width": 128, "encoder_l
 class Side:
     """A process that translates when it is told to."""
 
-    def __init__(self, name: str, python: str | Path, folder: Path, threads: int):
-        self.name = name
+    def __init__(self, engine: str, dtype: str, python: str | Path, folder: Path, threads: int):
+        self.engine, self.dtype, self.name = engine, dtype, f"{engine} {SHORT[dtype]}"
         self.process = subprocess.Popen(
-            [str(python), str(ROOT / "bench" / "translate_side.py"), name, str(folder), str(threads)],
+            [str(python), "-P", str(ROOT / "bench" / "translate_side.py"), engine, str(folder), str(threads), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,23 +89,27 @@ def main() -> None:
     options = parser.parse_args()
     folder = _model(BASE | TINY if quick else BASE)
     pythons = dict.fromkeys((*SIDES, LIMIT), sys.executable) | {"CTranslate2": str(_environment())}
-    everyone = [Side(name, python, folder, options.threads) for name, python in pythons.items()]
-    sides = [side for side in everyone if side.name != LIMIT]
+    dtypes = {name: ["float32", LOW[name]] if bf16_is_fast("cpu") else ["float32"] for name in pythons}
+    everyone = [
+        Side(name, dtype, python, folder, options.threads) for name, python in pythons.items() for dtype in dtypes[name]
+    ]
+    sides = [side for side in everyone if side.engine != LIMIT]
+    whole = [side for side in sides if side.dtype == "float32"]
     draw = random.Random(0)
     words = range(3, (BASE | TINY if quick else BASE)["vocab_size"])
     batches = [
         [[*draw.choices(words, k=draw.randint(19, 29)), END] for _ in range(options.sentences)]
         for _ in range(options.batches)
     ]
-    greedy = [side.translate(batches[0], 1, options.tokens)[1] for side in sides]
-    if greedy.count(greedy[0]) != len(sides):
-        sys.exit("The three sides do not give the same greedy output: this would compare different models.")
+    greedy = [side.translate(batches[0], 1, options.tokens)[1] for side in whole]
+    if greedy.count(greedy[0]) != len(whole):
+        sys.exit("The three do not give the same greedy output in float32: this would compare different models.")
     same = {side.name: 0 for side in sides}
     samples: dict[str, list[float]] = {side.name: [] for side in everyone}
     for batch in batches:  # warm
         outputs = {side.name: side.translate(batch, options.beam, options.tokens)[1] for side in everyone}
         for name in same:
-            same[name] += sum(a == b for a, b in zip(outputs[name], outputs["heed"], strict=True))
+            same[name] += sum(a == b for a, b in zip(outputs[name], outputs["heed fp32"], strict=True))
     decoded = options.sentences * options.tokens * len(batches)
     for _ in range(options.rounds):
         for side in everyone:
@@ -110,17 +120,26 @@ def main() -> None:
         side.process.stdin.close()  # type: ignore[union-attr]
         side.process.wait()
     middle = {name: statistics.median(values) for name, values in samples.items()}
-    equal = ", ".join(f"{name} {same[name]}" for name in SIDES[1:])
+    ratios = {
+        f"{ours.name} / {side.name}": middle[ours.name] / middle[side.name]
+        for ours in sides
+        if ours.engine == "heed"
+        for side in everyone
+        if side.engine != "heed" and (side.engine != LIMIT or side.dtype == ours.dtype)
+    }
+    equal = ", ".join(f"{name} {count}" for name, count in same.items() if name != "heed fp32")
     save(
         "translate-speed-quick" if quick else "translate-speed",
         f"decoding, beam {options.beam}, {options.sentences} sources in a batch, {options.threads} threads",
         "make bench-translate",
         {name: {"samples": values, "unit": "target tokens/s"} for name, values in samples.items()},
-        middle["heed"] / middle["transformers"],
+        ratios["heed fp32 / transformers fp32"],
         statistic="median",
-        ratios={name: middle["heed"] / middle[name] for name in (*SIDES[1:], LIMIT)},
-        note=f"The same best output as ours, of {options.sentences * len(batches)}: {equal}. Versions: "
-        f"{', '.join(side.version for side in sides)}.",
+        ratios=ratios,
+        note=f"Ratios: {'; '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}. "
+        "The one below is the first of these. "
+        f"The same best output as heed fp32, of {options.sentences * len(batches)}: {equal}. "
+        f"Versions: {', '.join(side.version for side in whole)}.",
     )
 
 

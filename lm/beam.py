@@ -301,36 +301,32 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     torch.topk promises no order among equals, and in bfloat16 equals are common.
     """
-    values, ids = _greatest(logits, min(k + 1, logits.shape[1]))
-    if values.shape[1] > k:
-        tied = values[:, k - 1] == values[:, k]
-        values, ids = values[:, :k], ids[:, :k]
-        if bool(tied.any()):  # which of the equals were taken is not known: look at these rows again
-            rows = tied.nonzero().squeeze(1)
-            again, order = logits[rows].sort(dim=-1, descending=True, stable=True)
-            values, ids = values.index_copy(0, rows, again[:, :k]), ids.index_copy(0, rows, order[:, :k])
-    ids, order = ids.sort(dim=-1)
-    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(1, order)
-
-
-def _greatest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk over the last of two dimensions, four times as fast on a CPU: the k greatest stand in the k blocks
-    whose greatest are greatest, and the greatest of a block is found by vector instructions.
-    """
     rows, size = logits.shape
     if logits.device.type != "cpu" or size < max(32, 2 * k) * BLOCK:
-        return logits.topk(k, dim=-1)
+        ids = _first_greatest(logits, k)
+        return logits.gather(1, ids), ids
+    # On a CPU four times as fast. The k greatest stand in the k blocks whose greatest are greatest, of equal blocks the
+    # first, and the greatest of a block is found by vector instructions.
     whole = size // BLOCK * BLOCK
     blocks = logits[:, :whole].unflatten(1, (-1, BLOCK))
-    chosen = blocks.amax(dim=-1).topk(k, dim=-1).indices.unsqueeze(-1)  # [R, k, 1]
+    chosen = _first_greatest(blocks.amax(dim=-1), k).sort(dim=-1).values.unsqueeze(-1)  # [R, k, 1], as in the row
     values = blocks.gather(1, chosen.expand(-1, -1, BLOCK)).flatten(1)
     ids = (chosen * BLOCK + torch.arange(BLOCK)).flatten(1)
     if whole < size:  # what does not fill a block
         values = torch.cat((values, logits[:, whole:]), dim=1)
         ids = torch.cat((ids, torch.arange(whole, size).expand(rows, -1)), dim=1)
-    values, place = values.topk(k, dim=-1)
-    return values, ids.gather(1, place)
+    places = _first_greatest(values, k)
+    return values.gather(1, places), ids.gather(1, places)
+
+
+def _first_greatest(values: Tensor, k: int) -> Tensor:
+    """Where the k greatest of each row [R, N] are, int64 [R, k], greatest first; of equal ones the first."""
+    # A float's bits, those of a negative one turned round, are an integer of the same order; + 0.0 makes one of both
+    # zeros. With the place below it no two numbers are equal, so there is one right answer.
+    bits = (values.float() + 0.0).view(torch.int32).long()
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    places = torch.arange(values.shape[1], device=values.device)
+    return ((order << 32) - places).topk(k, dim=-1).indices
 
 
 def _ranked(totals: Tensor, ids: Tensor, widths: Sequence[int]) -> list[Iterable[tuple[float, int, int]]]:

@@ -137,7 +137,11 @@ class TargetCache:
 
 
 def _longer(tensor: Tensor, cells: int) -> Tensor:
-    return F.pad(tensor, (0, 0, 0, 0, 0, cells))
+    *shape, held, places, size = tensor.shape
+    longer = tensor.new_empty(*shape, held + cells, places, size)
+    longer[..., :held, :, :] = tensor
+    longer[..., held:, :, :] = 0  # F.pad would fill all of it first
+    return longer
 
 
 def _alone(tensor: Tensor, ancestors: Tensor) -> Tensor:

@@ -76,12 +76,18 @@ class Translator:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], dtype: str = "auto") -> Translator:
-        """That of a model folder. Raises ValueError (FolderError, TokenizerError), also where nothing ends a text."""
+        """That of a model folder, computing in `dtype`: auto, the folder's own where this machine is fast in it, else
+        float32. Raises ValueError (FolderError, TokenizerError), also where nothing ends a text.
+        """
         import torch
 
         from lm import pretrained
+        from lm.linear import bf16_is_fast
 
-        model = pretrained.load(folder, None if dtype == "auto" else getattr(torch, dtype))
+        chosen = pretrained.own_dtype(folder) if dtype == "auto" else getattr(torch, dtype)
+        if dtype == "auto" and chosen is not torch.float32:
+            chosen = torch.bfloat16 if bf16_is_fast("cpu") else torch.float32  # float16 is fast on no CPU
+        model = pretrained.load(folder, chosen)
         tokenizer = pretrained.load_tokenizer(folder)
         stop_ids = pretrained.stop_ids(folder, tokenizer)
         if not stop_ids:
@@ -202,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, help="of a translation (default: 50 more than its source has)")
     add("--batch-tokens", type=int, default=BATCH_TOKENS, help=f"source tokens x beam at once (default {BATCH_TOKENS})")
     add("--threads", type=int, help="processor threads (default: torch's own choice)")
-    add("--dtype", choices=DTYPES, default="auto", help="to compute in (default auto: the model's own)")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: the model's own where this machine is fast in it")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -190,6 +191,10 @@ def test_among_many_equals_too(seed: int, size: int, k: int, spread: int) -> Non
     expected, order = logits.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(values, expected[:, :k])
     assert torch.equal(ids, order[:, :k])
+    values, ids = best(-logits / 7, k)  # negative ones, and a zero with a sign
+    expected, order = (-logits / 7).sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected[:, :k])
+    assert torch.equal(ids, order[:, :k])
 
 
 def test_a_source_whose_search_is_over_leaves_the_batch() -> None:
@@ -277,6 +282,23 @@ def test_a_sentence_alone_and_in_a_batch_is_translated_equally(translator_model:
         ended = [h.score for h in hypotheses if h.end is not None]
         assert ended == sorted(ended, reverse=True)
         assert len({(*h.ids, h.end) for h in hypotheses}) == params.n_best
+
+
+def test_in_bfloat16_scores_are_near_float32(translator_model: Any) -> None:
+    """Each hypothesis of a search in bfloat16 is worth there about what float32 says of the same tokens."""
+    model = copy.deepcopy(translator_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.4)  # weights as loud as these make much of the least difference
+    half = copy.deepcopy(model).bfloat16()
+    for source in SOURCES:
+        (found,) = beam_search(half, [source], BeamParams(beam=2, scorer=GNMT(0.0), max_tokens=6))
+        with torch.inference_mode():
+            state = model.start(*pad([source]))
+            given = torch.tensor([[int(state.first), *found[0].ids[:-1]]])
+            logits = model.step(given, state)[0][0, -len(found[0].ids) :]
+        exact = logits.log_softmax(dim=-1).gather(1, torch.tensor(found[0].ids).unsqueeze(1)).sum().item()
+        assert found[0].score == pytest.approx(exact, abs=0.05 * len(found[0].ids) + 0.05 * abs(exact))
 
 
 def test_a_beam_of_one_is_greedy_search(translator_model: Any) -> None:

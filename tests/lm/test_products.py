@@ -14,7 +14,7 @@ from torch import Tensor
 import lm.linear
 import lm.loss
 from lm.layers import RMSNorm
-from lm.linear import Linear, linear
+from lm.linear import Linear, Packed, linear, packing_is_usable, packing_pays
 from lm.loss import IGNORE, head_loss
 from lm.positions import rotary_table, rotate, sinusoidal_table
 
@@ -98,6 +98,35 @@ def test_without_the_operator_the_answer_is_torchs(monkeypatch: pytest.MonkeyPat
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     finally:
         lm.linear.onednn_is_usable.cache_clear()
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 70), inside=sizes, outside=st.lists(sizes, min_size=1, max_size=3), bias=st.booleans())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_maps_are_the_products(
+    dtype: torch.dtype, rows: int, inside: int, outside: list[int], bias: bool
+) -> None:
+    if not packing_is_usable(dtype):
+        pytest.skip(f"this machine packs no weights in {dtype}")
+    x, weights = randn(rows, inside).to(dtype), [randn(out, inside).to(dtype) for out in outside]
+    biases = [randn(out).to(dtype) if bias else None for out in outside]
+    packed = Packed()
+    with torch.inference_mode():
+        assert packing_pays(x, weights[0])
+        found = [packed(x, weights, biases) for _ in range(2)]  # laid out, and as it was laid out
+    whole = None if not bias else torch.cat([b for b in biases if b is not None]).double()
+    expected = F.linear(x.double(), torch.cat(weights).double(), whole)
+    assert torch.equal(*found)
+    assert found[0].dtype == dtype
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[0].double(), expected, atol=near, rtol=near)
+
+
+def test_other_dtypes_are_not_packed() -> None:
+    with torch.inference_mode():
+        assert not packing_pays(randn(4, 16).double(), randn(24, 16).double())
+        assert not packing_pays(randn(4, 16).half(), randn(24, 16).half())
+        assert not packing_pays(randn(4, 16).bfloat16(), randn(24, 16))
 
 
 # ------------------------------------------------------------ RMSNorm and positions

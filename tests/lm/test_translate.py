@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +43,20 @@ NASTY = [
 
 def loaded(folder: Path) -> Translator:
     return Translator.load(folder)
+
+
+def test_auto_is_the_folders_dtype_where_the_machine_is_fast_in_it(
+    translator_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = translator_folder("transformer")
+    half = shutil.copytree(whole, tmp_path / "half")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("lm.linear.bf16_is_fast", lambda device, fast=fast: fast)
+        assert next(Translator.load(half).model.parameters()).dtype == expected
+        assert next(Translator.load(whole).model.parameters()).dtype == torch.float32
+        assert next(Translator.load(whole, "bfloat16").model.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
