@@ -25,11 +25,14 @@ enum {
 
 #if WIDTH == 16 || defined(__aarch64__)  // 32 registers: 24 sums, 4 keys, and one query at a time
 enum { TILE = 6, COLUMNS = 4 };
-#elif WIDTH == 8  // 16 registers
-enum { TILE = 6, COLUMNS = 2 };
+#elif WIDTH == 8  // 16 registers: 12 sums, 2 keys; but with one or two queries 4 keys, so that no sum is waited for
+enum { TILE = 6, COLUMNS = 4 };
 #else
 enum { TILE = 2, COLUMNS = 4 };
 #endif
+
+// Registers beside each other, for a tile of so many rows.
+INLINE int columns_of(int rows) { return WIDTH == 8 && rows > 2 ? 2 : COLUMNS; }
 
 // Consecutive tokens of one sequence: `count` rows of the batch from `row` on, at `position` of the sequence, whose
 // blocks are tables[table], tables[table + 1], ...
@@ -242,9 +245,10 @@ static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t
     if (end <= base || first >= base + GROUP) return;
     const int64_t from = most(first - base, 0), to = least(end - base, GROUP);
     const int vectors = (int)((to + CELL - 1) / CELL) * VECTORS;
-    for (int i = 0; i < vectors; i += COLUMNS) {
+    const int most_columns = columns_of(rows);
+    for (int i = 0; i < vectors; i += most_columns) {
         const void *keys[COLUMNS];
-        const int columns = (int)least(COLUMNS, vectors - i);
+        const int columns = (int)least(most_columns, vectors - i);
         for (int c = 0; c < columns; c++)
             keys[c] = at(key_cells[(i + c) / VECTORS], (i + c) % VECTORS * WIDTH, is_bf16);
         dots_of(rows, columns, is_bf16, work->q + row * wide, wide, dim, keys, size, work->weights + i * WIDTH,
@@ -257,8 +261,8 @@ static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t
                          work->total[i]);
     }
     const int chunks = (int)(wide / WIDTH);
-    for (int i = 0; i < chunks; i += COLUMNS)
-        mix_of(rows, (int)least(COLUMNS, chunks - i), is_bf16, work->weights, from, to, value_cells, i * WIDTH, dim, scale,
+    for (int i = 0; i < chunks; i += most_columns)
+        mix_of(rows, (int)least(most_columns, chunks - i), is_bf16, work->weights, from, to, value_cells, i * WIDTH, dim, scale,
                work->out + row * wide + i * WIDTH, wide, ahead, size);
 }
 
