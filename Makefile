@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-checkpoint bench-kill figures clean
+.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-gpu-serve bench-checkpoint bench-kill figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench-translate: $(STAMP) ## decoding speed beside transformers and CTranslate2 
 
 bench-start: $(STAMP) ## seconds from `python -m serve` to the first token
 	$(PY) -m bench.start
+
+bench-gpu-serve: $(STAMP) ## on a GPU: the engine beside transformers' continuous batching and the memory's limit (unverified)
+	$(PY) -m bench.gpu_serve
 
 bench-checkpoint: $(STAMP) ## what a checkpoint a minute costs a model of 100M parameters
 	$(PY) -m bench.checkpoint

@@ -219,7 +219,8 @@ class Engine:
         forward = self.runner.run(shares)
         took = time.perf_counter() - began
         stats.model_seconds += took
-        self.scheduler.pace.observe(shares, took)
+        if self.runner.paced:
+            self.scheduler.pace.observe(shares, took)
         for prompt in forward.prompts:
             _note_prompt(prompt)
         for request in forward.broken:

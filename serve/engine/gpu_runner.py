@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +26,8 @@ MOST = 256  # rows of the largest graph
 
 class GpuRunner(PagedRunner):
     """See the module's docstring. `seats`: requests at once; `longest`: tokens of a sequence, at most."""
+
+    paced = False
 
     def __init__(
         self,
@@ -63,17 +64,28 @@ def _chunk() -> list[Share]:
 
 
 def paged_runner(model: DecoderLM, pages: Pages, *, seats: int, longest: int) -> PagedRunner:
-    """The runner for where the pages are. On a GPU without Triton, torch's own operators attend."""
-    if pages.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """The runner for where the pages are. On a GPU without Triton, or where its kernels cannot be compiled or captured,
+    torch's own operators attend, and a note says so.
+    """
+    if pages.device.type != "cuda":
         return PagedRunner(model, pages)
-    from serve.engine import gpu_kernels
+    try:
+        from serve.engine import gpu_kernels
 
-    return GpuRunner(
-        model,
-        pages,
-        seats=seats,
-        longest=longest,
-        operations=gpu_kernels,
-        capture=CudaCapture(),
-        processors=torch.cuda.get_device_properties(pages.device).multi_processor_count,
-    )
+        return GpuRunner(
+            model,
+            pages,
+            seats=seats,
+            longest=longest,
+            operations=gpu_kernels,
+            capture=CudaCapture(),
+            processors=torch.cuda.get_device_properties(pages.device).multi_processor_count,
+        )
+    except Exception as error:
+        runner = PagedRunner(model, pages)
+        lines = str(error).strip().splitlines() or [""]
+        runner.note = (
+            f"The GPU's kernels could not be made ({type(error).__name__}: {lines[0]}): torch's own operators attend, "
+            "which is slower."
+        )
+        return runner

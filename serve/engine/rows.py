@@ -36,6 +36,8 @@ class RowsRunner:
     """Rows of one state, in the order of `_rows`; see the module's docstring."""
 
     source = True
+    paced = True
+    note: str | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()

@@ -51,6 +51,12 @@ class Runner(Protocol):
     source: bool
     """Whether a prompt is computed in one step or not at all, and its own tokens have no probabilities."""
 
+    paced: bool
+    """Whether the time of a step tells what its tokens cost; on a GPU it tells how many kernels were started."""
+
+    note: str | None
+    """A sentence where it is slower than it could be."""
+
     def run(self, shares: Sequence[Share]) -> Forward:
         """Computes the shares, whose blocks are allotted; call it in inference mode."""
 
@@ -67,6 +73,8 @@ class PagedRunner:
     """A decoder over pages, where what belongs to a request is what its blocks hold."""
 
     source = False
+    paced = True
+    note: str | None = None
 
     def __init__(self, model: DecoderLM, pages: Pages) -> None:
         self.model = model.eval()

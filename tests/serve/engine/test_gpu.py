@@ -85,7 +85,7 @@ def pages_for(model: DecoderLM, blocks: int, device: str) -> Pages:
 @torch.inference_mode()
 def test_it_computes_what_the_runner_of_a_cpu_does(config: dict[str, Any], device: str) -> None:
     model, dice = make_model(**config), random.Random(1)
-    expected = PagedRunner(model, Pages.of(model, blocks=40, size=16))
+    expected = PagedRunner(model, pages_for(model, 40, "cpu"))
     runner = gpu_runner(copy.deepcopy(model).to(device), device, blocks=40, seats=6, longest=96)
     requests, next_block, alone = [], 1, 0
     for length in (1, 2, 16, 17, 40):
@@ -223,5 +223,5 @@ def test_parts_lie_one_after_the_other() -> None:
 
 
 def test_a_cpu_keeps_its_own_runner(model: DecoderLM) -> None:
-    runner = paged_runner(model, Pages.of(model, blocks=3, size=16), seats=2, longest=16)
+    runner = paged_runner(model, pages_for(model, 3, "cpu"), seats=2, longest=16)
     assert type(runner) is PagedRunner
