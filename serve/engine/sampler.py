@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from lm.adjust import Row, adjust
+from lm.greatest import greatest
 from lm.params import SamplingParams
 from lm.sampling import Uniforms, sample
+from lm.upload import upload
 from serve.engine.messages import TokenLogprobs
 from serve.engine.requests import Request
 
@@ -67,7 +69,7 @@ def draw(requests: Sequence[Request], counts: Sequence[int], logits: Tensor) -> 
                 ks.setdefault(shown, []).append(len(rows))
             draws.append(own)
             rows.append(own.row.ahead(request.draft[:ahead]) if ahead else own.row)
-    raw = {shown: logits[asked] for shown, asked in ks.items()}
+    raw = {shown: logits.index_select(0, upload(torch.tensor(asked), logits.device)) for shown, asked in ks.items()}
     logits = adjust(logits, rows)
     uniforms = [0.0] * len(rows)
     first = 0
@@ -108,7 +110,7 @@ def logprobs(logits: Tensor, tokens: Sequence[int], shown: int | Sequence[int]) 
     chosen = table.gather(1, torch.tensor(tokens, dtype=torch.int64, device=device).unsqueeze(1))
     if isinstance(shown, int):
         k = vocabulary if shown == -1 else min(shown, vocabulary)
-        values, ids = table.topk(max(k, 1), dim=-1)
+        values, ids = greatest(table, max(k, 1))
         ranks = (values > chosen).sum(dim=-1) + 1
         beyond = (chosen < values[:, -1:]).squeeze(1)
     else:

@@ -61,7 +61,7 @@ def drawn(logits: list[float], params: SamplingParams, draws: int = GRID) -> Cou
 
 
 @pytest.mark.parametrize("shortlist", [64, 3])  # of 3, most rows need a longer one
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     quarters=st.lists(st.integers(-6, 6), min_size=1, max_size=25),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
@@ -125,7 +125,7 @@ def test_a_flat_distribution_needs_more_than_the_shortlist(options: dict[str, An
     logits = [-token * 1e-5 for token in range(1000)]
     expected, _ = reference(logits, SamplingParams(**options))
     assert len(expected) == pytest.approx(kept, abs=5)
-    counts = drawn(logits, SamplingParams(**options), 3000)
+    counts = drawn(logits, SamplingParams(**options), 1500)
     assert len(counts) == pytest.approx(len(expected), abs=2)
     assert max(counts) == pytest.approx(max(token for _, token in expected), abs=2)
 
