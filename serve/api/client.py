@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import subprocess
 import time
 import uuid
@@ -219,6 +220,19 @@ class EngineClient:
     async def idle(self) -> None:
         """Returns when nothing is in flight."""
         await self._idle.wait()
+
+    async def cause(self) -> str:
+        """What the engine's process died of, for the person at the terminal."""
+        assert self._process is not None
+        try:
+            status = await asyncio.to_thread(self._process.wait, 5)
+        except subprocess.TimeoutExpired:
+            return "It does not answer."
+        if status == -signal.SIGKILL:
+            return "It was killed (SIGKILL); the usual reason is that the machine ran out of memory."
+        if status < 0:
+            return f"It was ended by {signal.Signals(-status).name}."
+        return f"It ended with status {status}."
 
     async def close(self) -> None:
         """Ends the engine process: by closing the socket; by force, if it is still loading or after five seconds."""

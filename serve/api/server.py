@@ -127,7 +127,7 @@ class _Life:
         server.should_exit = True
         await serving
         if died:
-            print(DIED, file=sys.stderr, flush=True)
+            print(DIED, await self._client.cause(), file=sys.stderr, flush=True)
         return 1 if died else 0
 
     async def _start(self) -> tuple[Ready, Any, dict[str, Any]]:

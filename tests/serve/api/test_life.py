@@ -278,7 +278,10 @@ def test_an_engine_that_dies_takes_the_server_with_it(start) -> None:
     ends = streams.join()
     assert all(end["error"]["code"] == 500 and end["error"]["type"] == "InternalServerError" for end in ends)
     lines = server.log.read_text().splitlines()
-    assert lines[-1] == "The engine process has ended unexpectedly; the server is stopping."
+    assert lines[-1] == (
+        "The engine process has ended unexpectedly; the server is stopping. "
+        "It was killed (SIGKILL); the usual reason is that the machine ran out of memory."
+    )
     assert "Traceback" not in server.log.read_text()
 
 
