@@ -123,7 +123,7 @@ class Heed:
             max_num_seqs=min(256, size.requests),
             max_num_batched_tokens=4096,
             kv_cache_memory_bytes=size.cache,
-            enable_prefix_caching=False,  # the same prompts come again and again
+            enable_prefix_caching=False,  # nor has transformers: the same prompts come again and again
         )
         self.engine, self.ready = build(config)
 
@@ -153,7 +153,7 @@ class Transformers:
         from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-        self.settings = ContinuousBatchingConfig(max_memory_percent=0.5)
+        self.settings = ContinuousBatchingConfig(max_memory_percent=0.5, allow_block_sharing=False)
         if device == "cpu":  # which cannot be asked how much is free
             self.settings = ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=64)
         self.generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -240,7 +240,9 @@ class Engine:
         if requests:
             logits = forward.logits if len(rows) == row else forward.logits[rows]
             drawn = sampler.draw(requests, counts, logits)
-        return dict(zip(requests, drawn, strict=True))
+        found = dict(zip(requests, drawn, strict=True))
+        self.runner.ahead(found, self.blocks.grow)
+        return found
 
     def _search(self, share: Share, stats: Stats) -> list[Output]:
         """One step of a beam search. The last gives its sequences, best first."""

@@ -29,6 +29,18 @@ class Inputs(NamedTuple):
     singles: int
 
 
+class Single(NamedTuple):
+    """One token of a request, at its position."""
+
+    request: Request
+    position: int
+    token: int
+
+    @classmethod
+    def of(cls, share: Share) -> Single:
+        return cls(share.request, share.start, share.request.tokens(share.start, 1)[0])
+
+
 class Shape(NamedTuple):
     """How many of each; all lie in one flat array, one after the other, the tables last."""
 
@@ -91,9 +103,9 @@ def mixed(shares: Sequence[Share], size: int, tokens: int, device: torch.device)
 
 
 class Decoding:
-    """The inputs of steps in which every share is a single token: always the same memory, as a CUDA graph wants it.
+    """The inputs of a pass over single tokens: always the same memory, as a CUDA graph wants it.
 
-    Row n is share n. Rows after the last share are padding: token 0 at position 0, in the null block.
+    Rows after the last single are padding: token 0 at position 0, in the null block.
     """
 
     def __init__(self, most: int, width: int, size: int, device: torch.device) -> None:
@@ -116,20 +128,20 @@ class Decoding:
         tokens, positions, slots, tiles, tables = (part[:rows] for part in self._shape.split(self._device))
         return Inputs(tokens, positions, slots, tiles, tables, singles=rows)
 
-    def load(self, shares: Sequence[Share], rows: int) -> None:
-        """Makes rows [: rows] these shares, of one token each, and padding."""
+    def load(self, singles: Sequence[Single], rows: int) -> None:
+        """Makes rows [: rows] these, in order, and padding. Their tables reach their positions."""
         if self._copied is not None:
             self._copied.synchronize()  # the copy of the step before reads what is written now
-        size, count = self._size, len(shares)
-        for n, (request, start, _) in enumerate(shares):
+        size, count = self._size, len(singles)
+        for n, (request, position, token) in enumerate(singles):
             table = request.table
             held = (request, request.preemptions, len(table))
             if self._held[n] != held:
                 self._tables[n, : len(table)] = table
                 self._held[n] = held
-            self._tokens[n] = request.tokens(start, 1)[0]
-            self._positions[n] = start
-            self._slots[n] = table[start // size] * size + start % size
+            self._tokens[n] = token
+            self._positions[n] = position
+            self._slots[n] = table[position // size] * size + position % size
         for part in (self._tokens, self._positions, self._slots):
             part[count:rows] = 0
         self._tables[count:rows, 0] = NULL

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from serve.engine.gpu_batch import Decoding, Inputs
-from serve.engine.scheduler import Share
+from serve.engine.gpu_batch import Decoding, Inputs, Single
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
@@ -26,7 +25,7 @@ def sizes(most: int) -> list[int]:
 
 
 class Graphs:
-    """Runs single-token shares: `run(shares)`, up to `most` of them. Everything is captured when it is made."""
+    """Runs single tokens: `run(singles)`, up to `most` of them. Everything is captured when it is made."""
 
     def __init__(self, forward: Callable[[Inputs], Tensor], decoding: Decoding, capture: Capture, most: int) -> None:
         self.most = most
@@ -37,13 +36,13 @@ class Graphs:
             inputs = decoding.view(rows)
             self._graphs[rows] = capture(lambda inputs=inputs: forward(inputs))  # type: ignore[misc]
 
-    def run(self, shares: Sequence[Share]) -> Tensor:
-        """What `forward` makes of the shares, [shares, width]; to be used before the next run."""
-        rows = next(size for size in self._sizes if size >= len(shares))
-        self._decoding.load(shares, rows)
+    def run(self, singles: Sequence[Single]) -> Tensor:
+        """What `forward` makes of them, [singles, width]; to be used before the next run."""
+        rows = next(size for size in self._sizes if size >= len(singles))
+        self._decoding.load(singles, rows)
         replay, result = self._graphs[rows]
         replay()
-        return result[: len(shares)]
+        return result[: len(singles)]
 
 
 class CudaCapture:

@@ -8,7 +8,7 @@ its own output, forced, so that it is where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from lm.search import pad
 from serve.engine.requests import Request, Status
 from serve.engine.runner import Forward
+from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Share
 
 SHORT = 15  # tokens: sources up to one more are read together, longer ones with those of up to twice their length
@@ -64,6 +65,9 @@ class RowsRunner:
         if len(rows) < len(stepped):
             logits = logits[rows]
         return Forward([stepped[row] for row in rows], [1] * len(rows), logits, broken, iter(()))
+
+    def ahead(self, drawn: Mapping[Request, Sequence[Drawn]], grow: Callable[[list[int], int], bool]) -> None:
+        """Nothing: rows come and go between steps."""
 
     def tidy(self) -> None:
         """See Runner."""

@@ -6,7 +6,7 @@ rows.py has the other runner, for models that read their prompt as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from lm.decoder import DecoderLM
 from lm.upload import upload
 from serve.engine.pages import Pages
 from serve.engine.requests import Request
+from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Share
 
 PROMPT_ROWS = 256  # rows of prompt log-probabilities at a time: each is as wide as the vocabulary
@@ -59,6 +60,11 @@ class Runner(Protocol):
 
     def run(self, shares: Sequence[Share]) -> Forward:
         """Computes the shares, whose blocks are allotted; call it in inference mode."""
+
+    def ahead(self, drawn: Mapping[Request, Sequence[Drawn]], grow: Callable[[list[int], int], bool]) -> None:
+        """May begin with the next step. drawn: the tokens of this one, which are not in the outputs yet; grow(table,
+        tokens) lets a table hold so many, or says that there is no room.
+        """
 
     def tidy(self) -> None:
         """Lets go of what is kept of requests that do not run any more: ended, aborted or preempted."""
@@ -112,6 +118,9 @@ class PagedRunner:
     def _tensor(self, values: list[int]) -> Tensor:
         """int64, by way of numpy, which reads a list several times as fast."""
         return upload(torch.from_numpy(np.array(values, dtype=np.int64)), self.pages.device)
+
+    def ahead(self, drawn: Mapping[Request, Sequence[Drawn]], grow: Callable[[list[int], int], bool]) -> None:
+        """Nothing: on a CPU nobody else would compute it meanwhile."""
 
     def tidy(self) -> None:
         """Nothing to do: blocks are the scheduler's to free."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lm import DecoderConfig, DecoderLM, SamplingParams
+from lm.tokenizer import Tokenizer
 from serve.engine import gpu_batch, gpu_explicit
-from serve.engine.gpu_batch import Decoding, Shape
+from serve.engine.engine import Engine
+from serve.engine.gpu_batch import Decoding, Shape, Single
 from serve.engine.gpu_graphs import Graphs, sizes
 from serve.engine.gpu_runner import GpuRunner, paged_runner
+from serve.engine.messages import Add
 from serve.engine.pages import Pages
 from serve.engine.requests import Request
 from serve.engine.runner import PagedRunner
+from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Share
 
 CPU = torch.device("cpu")
@@ -85,32 +89,76 @@ def pages_for(model: DecoderLM, blocks: int, device: str) -> Pages:
 @torch.inference_mode()
 def test_it_computes_what_the_runner_of_a_cpu_does(config: dict[str, Any], device: str) -> None:
     model, dice = make_model(**config), random.Random(1)
-    expected = PagedRunner(model, pages_for(model, 40, "cpu"))
-    runner = gpu_runner(copy.deepcopy(model).to(device), device, blocks=40, seats=6, longest=96)
-    requests, next_block, alone = [], 1, 0
+    expected = PagedRunner(model, pages_for(model, 80, "cpu"))
+    runner = gpu_runner(copy.deepcopy(model).to(device), device, blocks=80, seats=6, longest=96)
+    fresh, count = runner._fresh, [0]
+
+    def counting(shares: Sequence[Share]) -> Tensor:
+        count[0] += len(shares)
+        return fresh(shares)
+
+    runner._fresh = counting  # type: ignore[method-assign]
+    world, alone, total = World(16, 1), 0, 0
     for length in (1, 2, 16, 17, 40):
         prompt = [dice.randrange(VOCABULARY) for _ in range(length)]
-        requests.append(Request(id=str(length), prompt=prompt, params=SamplingParams()))
-        requests[-1].table = list(range(next_block, next_block + 5))
-        next_block += 5
-    for _ in range(14):
+        world.running.append(Request(id=str(length), prompt=prompt, params=SamplingParams(), limit=20))
+    for _ in range(16):
         shares = []
-        for request in requests:
+        for request in world.running:
+            if not dice.randrange(16):
+                world.preempt(request)
             left = request.known - request.computed
-            if left and dice.randrange(5):  # the others wait
+            if left and dice.randrange(7):  # the others wait
+                world.grow(request.table, request.known)
                 shares.append(Share(request, request.computed, left if left == 1 else dice.randrange(1, left + 1)))
         if not shares:
             continue
         alone += all(share.length == 1 for share in shares)
+        total += len(shares)
         theirs, ours = expected.run(shares), runner.run(shares)
         assert ours.shares == theirs.shares
         assert torch.allclose(ours.logits.cpu(), theirs.logits, rtol=1e-3, atol=1e-3)
         assert not ours.broken
         for share in shares:
             share.request.computed = share.start + share.length
-        for share, row in zip(theirs.shares, theirs.logits, strict=True):
-            share.request.output.append(int(row.argmax()))
-    assert 2 < alone < 14  # graphs, and mixed steps
+        drawn = {
+            share.request: [Drawn(int(row.argmax()), None)]
+            for share, row in zip(theirs.shares, theirs.logits, strict=True)
+        }
+        runner.ahead(drawn, world.grow)
+        for request, (token,) in drawn.items():
+            request.output.append(token.token)
+    assert 2 < alone < 16  # graphs, and mixed steps
+    assert total / 3 < count[0] < total  # rows that were begun with, and rows that were not
+
+
+def answers(engine: Engine) -> dict[str, tuple[list[int], str | None]]:
+    """Prompts of all lengths, more than a step, the cache and the seats hold at once; some are aborted."""
+    dice = random.Random(2)
+    for n in range(12):
+        prompt = [dice.randrange(300) for _ in range(dice.choice((1, 2, 15, 16, 17, 40)))]
+        params = SamplingParams(temperature=n % 3 / 2, seed=n, max_tokens=dice.randrange(1, 30), stop=["e", "fo"])
+        engine.add(Add(str(n), prompt, params, 0.0))
+    found: dict[str, tuple[list[int], str | None]] = {}
+    steps = 0
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.error is None
+            tokens, _ = found.setdefault(output.id, ([], None))
+            found[output.id] = tokens + output.tokens, output.finish_reason
+        steps += 1
+        if steps == 9:
+            engine.abort(["3", "7"])
+    engine.blocks.check([])  # nothing is left of what was begun for those who ended
+    return {id: answer for id, answer in found.items() if id not in ("3", "7")}
+
+
+def test_an_engine_that_begins_ahead_answers_the_same(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 30, "blocks": 12}
+    plain, ahead = (Engine(copy.deepcopy(model), tokenizer, eos=[3], **limits) for _ in range(2))
+    plain.runner = PagedRunner(model, pages_for(model, 12, "cpu"))
+    ahead.runner = gpu_runner(copy.deepcopy(model), "cpu", blocks=12, seats=5, longest=model.config.context)
+    assert answers(ahead) == answers(plain)
 
 
 def test_weights_are_not_held_twice() -> None:
@@ -138,25 +186,29 @@ class World:
         self.size, self.dice, self.next_block = size, random.Random(seed), 1
         self.running: list[Request] = []
 
-    def grow(self, request: Request) -> None:
-        while len(request.table) * self.size < request.known:
-            request.table.append(self.next_block)
+    def grow(self, table: list[int], tokens: int) -> bool:
+        while len(table) * self.size < tokens:
+            table.append(self.next_block)
             self.next_block += 1
+        return True
+
+    def preempt(self, request: Request) -> None:
+        request.table.clear()
+        request.computed = 0
+        request.preemptions += 1
 
     def shares(self, most: int) -> list[Share]:
         """The next step's, of a token each."""
         for request in self.running:
-            event = self.dice.randrange(8)
-            if event == 0:
-                request.table.clear()
-                request.preemptions += 1
+            if not self.dice.randrange(8):
+                self.preempt(request)
         self.running = [request for request in self.running if self.dice.randrange(8)]
         while len(self.running) < self.dice.randrange(1, most + 1):
             prompt = [self.dice.randrange(1, 99) for _ in range(self.dice.randrange(1, 12))]
             self.running.append(Request(id="", prompt=prompt, params=SamplingParams()))
         for request in self.running:
             request.output.append(self.dice.randrange(1, 99))
-            self.grow(request)
+            self.grow(request.table, request.known)
         return [Share(request, request.known - 1, 1) for request in self.running]
 
 
@@ -173,7 +225,7 @@ def test_what_a_graph_reads_is_the_step_and_padding(size: int, most: int, seed: 
     graphs = Graphs(forward, decoding, run_again, most)
     for _ in range(6):
         shares = world.shares(most)
-        result = graphs.run(shares)
+        result = graphs.run([Single.of(share) for share in shares])
         assert result[:, 0].tolist() == [1000 * s.start + s.request.tokens(s.start, 1)[0] for s in shares]
         given_, count = seen[-1], len(shares)
         expected = gpu_batch.mixed(shares, size, 4, CPU)
@@ -197,7 +249,7 @@ def test_tiles_cover_each_row_once(lengths: list[tuple[int, int]], size: int, to
     world, shares = World(size, 0), []
     for start, length in lengths:
         request = Request(id="", prompt=list(range(1, start + length + 1)), params=SamplingParams())
-        world.grow(request)
+        world.grow(request.table, request.known)
         shares.append(Share(request, start, length))
     inputs = gpu_batch.mixed(shares, size, tokens, CPU)
     covered: dict[int, tuple[int, int]] = {}
