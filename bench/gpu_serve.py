@@ -271,7 +271,7 @@ def profile(forward: Callable[[], None], device: str, name: str) -> None:
             forward()
         torch.cuda.synchronize()
     print(f"\n{name}, five steps:")
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
+    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=60))
 
 
 @torch.inference_mode()
@@ -287,7 +287,7 @@ def check_kernels(size: Size) -> None:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     keys, values = (normal(kv, 201, block, dim) for _ in range(2))
-    tables = (1 + torch.randperm(200, device="cuda", dtype=torch.int32)).view(4, 50)
+    tables = (1 + torch.randperm(200, device="cuda").int()).view(4, 50)
     single = torch.tensor([(0, 0, 1, 700), (1, 1, 1, 0), (2, 2, 1, 63), (3, 3, 1, 511)], dtype=torch.int32).cuda()
     chunk = torch.tensor([(0, 0, 16, 0), (0, 16, 16, 16), (1, 32, 16, 640), (2, 48, 3, 70)], dtype=torch.int32).cuda()
     qkv, angles = normal(51, (heads + 2 * kv) * dim), torch.randn(800, 2, dim, device="cuda")

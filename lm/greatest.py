@@ -15,7 +15,7 @@ LONG_BLOCK = 256  # and where it is one
 def argmax(values: Tensor) -> Tensor:
     """Where the greatest of each row [R, N] is, int64 [R]: of equal ones the first."""
     whole = values.shape[1] // LONG_BLOCK * LONG_BLOCK
-    if not whole:
+    if not whole or values.device.type != "cpu":  # a GPU searches a row in parallel itself
         return values.argmax(dim=-1)
     blocks = values[:, :whole].unflatten(1, (-1, LONG_BLOCK))
     block = blocks.amax(dim=-1).argmax(dim=-1)
