@@ -82,28 +82,40 @@ class Load:
         counts = [self.heads, self.kv_heads, self.kv_heads]
         q, k, v = (x.unflatten(1, (-1, DIM)) for x in qkv.split([count * DIM for count in counts], dim=1))
         ours, gathered = (pages(side).attend([None] * LAYERS, shares) for side in (library, None))
-        grouped, kv, mask, causal = self._contiguous(q, total)
+        grouped, kv = self._contiguous(q, total)
+        causal = self.new > 1
 
         def sdpa(layer: int) -> Tensor:
             keys, values = kv[layer]
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal)
+            return F.scaled_dot_product_attention(grouped, keys, values, is_causal=causal)
 
         return {"kernel": lambda i: ours(i, q, k, v), "sdpa": sdpa, "gathered": lambda i: gathered(i, q, k, v)}
 
-    def _contiguous(self, q: Tensor, total: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor | None, bool]:
-        """Queries and LAYERS keys and values as the fused operator wants them. Decoding, a group's heads are rows."""
+    def _contiguous(self, q: Tensor, total: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Queries, and keys and values of LAYERS layers, as the fused operator is fastest with them.
+
+        One token of each sequence: the heads that share a KV head are query rows of it. A prompt: keys are repeated.
+        """
         shape = (self.sequences, self.kv_heads, total, DIM)
-        kv = [(torch.randn(shape).to(self.dtype), torch.randn(shape).to(self.dtype)) for _ in range(LAYERS)]
         group = self.heads // self.kv_heads
         if self.new == 1:
-            return q.unflatten(1, (self.kv_heads, group)), kv, None, False
-        expanded = [tuple(x.repeat_interleave(group, dim=1) for x in pair) for pair in kv]
-        return q.transpose(0, 1).unsqueeze(0), expanded, None, True  # type: ignore[return-value]
+            queries, repeated = q.unflatten(1, (self.kv_heads, group)), 1
+        else:
+            queries, repeated = q.transpose(0, 1).unsqueeze(0), group
 
-    def floor_ms(self, gflops: float) -> float:
-        """Milliseconds that the products alone would take at so many GFLOP/s."""
+        def made() -> Tensor:
+            return torch.randn(shape).to(self.dtype).repeat_interleave(repeated, dim=1)
+
+        return queries, [(made(), made()) for _ in range(LAYERS)]
+
+    def operations(self) -> float:
+        """Multiplications and additions of the two products."""
         pairs = self.new * self.context + self.new * (self.new + 1) / 2
-        return 4 * self.sequences * pairs * self.heads * DIM / gflops / 1e6
+        return 4 * self.sequences * pairs * self.heads * DIM
+
+    def bytes(self) -> float:
+        """Keys and values, each read once."""
+        return 2 * self.sequences * (self.context + self.new) * self.kv_heads * DIM * self.dtype.itemsize
 
 
 def sample(side: Callable[[int], Tensor], calls: int) -> float:
@@ -141,7 +153,12 @@ def main() -> None:
                 rows.append(
                     {"heads of": model, "dtype": str(dtype).removeprefix("torch."), "step": kind}
                     | {f"{name}, ms": medians[name] for name in sides}
-                    | {"sdpa / kernel": medians["sdpa"] / medians["kernel"], "samples": samples}
+                    | {
+                        "sdpa / kernel": medians["sdpa"] / medians["kernel"],
+                        "kernel, GFLOP/s": load.operations() / medians["kernel"] / 1e6,
+                        "kernel, GB/s": load.bytes() / medians["kernel"] / 1e6,
+                        "samples": samples,
+                    }
                 )
     columns = [key for key in rows[0] if key != "samples"]
     save_table(
@@ -150,8 +167,8 @@ def main() -> None:
         "make bench-kernels",
         columns,
         rows,
-        note=f"{library.variant} kernels, {options.threads} threads, medians of {options.rounds}; sdpa: contiguous keys "
-        "and values, nothing written; gathered: the engine without kernels.",
+        note=f"{library.variant} kernels, {options.threads} threads, medians of {options.rounds}; sdpa: keys and values "
+        "lie together, nothing is written; gathered: the engine without kernels.",
     )
 
 
