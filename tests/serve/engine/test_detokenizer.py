@@ -13,7 +13,7 @@ from serve.engine.detokenizer import Detokenizer, Detokenizers, Detokenizing, Ma
 
 WORDS = "the quick naïve 你好 🎉🦊 ñandú "
 BPE = train_bpe([WORDS * 3], 300)
-BPE.inner.add_tokens([AddedToken(" né "), AddedToken("¡!")])  # with signs that byte-level vocabularies do not use so
+BPE.vocab_size += BPE.inner.add_tokens([AddedToken(" né "), AddedToken("¡!")])  # not written as bytes
 CHARACTERS = train_characters([WORDS])
 
 
