@@ -36,6 +36,12 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
+class RepetitionDetection(Body):
+    max_pattern_size: Annotated[int, Field(lt=1 << 16)] = 0
+    min_pattern_size: Annotated[int, Field(lt=1 << 16)] = 0
+    min_count: Int64 = 0
+
+
 class GenerationRequest(Body):
     """What completions and chats share. None means: the server's default (generation_config.json), else OpenAI's."""
 
@@ -56,7 +62,11 @@ class GenerationRequest(Body):
     max_tokens: Int64 | None = None
     min_tokens: Int64 = 0
     prompt_logprobs: Int64 | None = None
+    logprob_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None  # shown in place of the likeliest
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[Text], Field(fail_fast=True)] | None = None
+    repetition_detection: RepetitionDetection | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int, Field(ge=1)] | None = None
@@ -78,10 +88,6 @@ class GenerationRequest(Body):
     best_of: Int64 | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    allowed_token_ids: list[Int64] | None = None
-    bad_words: list[str] | None = None
-    logprob_token_ids: list[Int64] | None = None
-    repetition_detection: dict[str, Any] | None = None
     thinking_token_budget: Int64 | None = None
     kv_transfer_params: dict[str, Any] | None = None
     vllm_xargs: dict[str, Any] | None = None

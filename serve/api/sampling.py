@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from lm.params import SamplingParams
+from lm.params import RepetitionDetectionParams, SamplingParams
 from serve.api.model import Model
 from serve.api.protocol import GenerationRequest
+from serve.engine.bad_words import spellings
 from serve.errors import InvalidRequest
 
 MAX_N = 128  # sequences of one prompt
 MAX_STOPS = 4
 MAX_IDS = 1024  # in stop_token_ids and logit_bias: they are looked at for every token
+MAX_BAD_WORDS = 128  # as tokens: a word has up to two spellings
+MAX_BAD_TOKENS = 1024  # in all of them
 
 # Fields that would change the answer and are not honoured, with what is said of them.
 REFUSED = {
@@ -20,10 +24,6 @@ REFUSED = {
     "best_of": "best_of is not supported; ask for n sequences and choose among them.",
     "structured_outputs": "structured_outputs is not supported by this server.",
     "prompt_embeds": "prompt_embeds is not supported by this server; send text or token ids as prompt.",
-    "allowed_token_ids": "allowed_token_ids is not supported by this server; logit_bias can exclude tokens.",
-    "bad_words": "bad_words is not supported by this server; logit_bias can exclude tokens.",
-    "logprob_token_ids": "logprob_token_ids is not supported by this server; logprobs gives the most probable ones.",
-    "repetition_detection": "repetition_detection is not supported by this server.",
     "thinking_token_budget": "thinking_token_budget is not supported by this server.",
     "kv_transfer_params": "kv_transfer_params is not supported by this server.",
     "vllm_xargs": "vllm_xargs is not supported by this server.",
@@ -63,6 +63,7 @@ def params(
         entries = len(getattr(body, name) or ())
         if entries > MAX_IDS:
             raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {entries}.", name)
+    loop = body.repetition_detection
     temperature = _first(body.temperature, model.defaults.get("temperature"), 1.0)
     values = {
         "n": n,
@@ -82,23 +83,59 @@ def params(
         "ignore_eos": body.ignore_eos,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "logprob_token_ids": body.logprob_token_ids,
         "logit_bias": _logit_bias(body, vocab),
+        "allowed_token_ids": body.allowed_token_ids,
+        "bad_words": body.bad_words,
         "skip_special_tokens": body.skip_special_tokens,
     }
     try:
+        if loop is not None:
+            values["repetition_detection"] = RepetitionDetectionParams(
+                max_pattern_size=loop.max_pattern_size,
+                min_pattern_size=loop.min_pattern_size,
+                min_count=loop.min_count,
+            )
         made = SamplingParams(**values)
     except ValueError as error:
         sentence = str(error)
         name = sentence.split()[0]
         raise InvalidRequest(sentence, (names or {}).get(name, name)) from None
-    foreign = [id for id in made.stop_token_ids if not 0 <= id < vocab]
-    if foreign:
-        raise InvalidRequest(
-            f"stop_token_ids {foreign[:10]} are out of the vocabulary; ids are from 0 to {vocab - 1}.", "stop_token_ids"
-        )
-    check_logprobs(made.logprobs, "sample", model, (names or {}).get("logprobs", "logprobs"))
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        foreign = [id for id in getattr(made, name) or () if not 0 <= id < vocab]
+        if foreign:
+            raise InvalidRequest(
+                f"{name} {foreign[:10]} are out of the vocabulary; ids are from 0 to {vocab - 1}.", name
+            )
+    _check_bad_words(made.bad_words, model)
+    if made.logprob_token_ids is None:
+        check_logprobs(made.logprobs, "sample", model, (names or {}).get("logprobs", "logprobs"))
     check_logprobs(made.prompt_logprobs, "prompt", model, (names or {}).get("prompt_logprobs", "prompt_logprobs"))
     return made
+
+
+def _check_bad_words(words: Sequence[str], model: Model) -> None:
+    """Raises InvalidRequest for words that are none, or so many that looking for them would slow others down."""
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"bad_words must have at most {MAX_BAD_WORDS} words, got {len(words)}.", "bad_words")
+    try:
+        found = spellings(words, partial(model.tokenizer.encode, add_special_tokens=False))
+    except ValueError as error:
+        raise InvalidRequest(str(error), "bad_words") from None
+    tokens = sum(map(len, found))
+    if len(found) > MAX_BAD_WORDS or tokens > MAX_BAD_TOKENS:
+        raise InvalidRequest(
+            f"bad_words are {len(found)} sequences of {tokens} tokens in all, with and without a space before them; "
+            f"they may be {MAX_BAD_WORDS} of {MAX_BAD_TOKENS}.",
+            "bad_words",
+        )
+
+
+def widen(body: GenerationRequest, model: Model) -> None:
+    """Says by its number how many log-probabilities -1 is: those of all tokens."""
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if getattr(body, name, None) == -1:
+            setattr(body, name, model.ready.vocab_size)
 
 
 def count(body: GenerationRequest) -> int:
@@ -111,9 +148,8 @@ def count(body: GenerationRequest) -> int:
 
 def check_logprobs(value: int | None, kind: str, model: Model, name: str) -> None:
     """Raises InvalidRequest naming the field `name` for more logprobs of a `kind` than the server shows."""
-    if value is not None and (value == -1 or value > model.max_logprobs):
-        asked = model.ready.vocab_size if value == -1 else value
-        message = f"Requested {kind} logprobs of {asked}, which is greater than max allowed: {model.max_logprobs}"
+    if value is not None and value > model.max_logprobs:
+        message = f"Requested {kind} logprobs of {value}, which is greater than max allowed: {model.max_logprobs}"
         raise InvalidRequest(message, name)
 
 

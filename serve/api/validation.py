@@ -130,6 +130,7 @@ async def chat(body: ChatRequest, model: Model) -> Job:
 def _check(body: GenerationRequest, model: Model) -> None:
     model.check_name(body.model)
     sampling.refuse(body)
+    sampling.widen(body, model)
     if model.ready.source:
         _check_source(body)
     salt = body.cache_salt

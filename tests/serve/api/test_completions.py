@@ -365,3 +365,18 @@ def test_a_chat_may_be_searched(server) -> None:
     contents = [choice["message"]["content"] for choice in answer["choices"]]
     assert contents[0] != contents[1]
     assert contents == [choice["message"]["content"] for choice in server.chat(**fields)["choices"]]
+
+
+def test_tokens_that_are_allowed_banned_or_shown(server, tokenizer) -> None:
+    asked = {"prompt": "fox", "temperature": 0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+    free = server.complete(**asked)["choices"][0]
+    few = sorted(set(free["token_ids"]))[:3]
+    assert set(server.complete(**asked, allowed_token_ids=few)["choices"][0]["token_ids"]) <= set(few)
+    word = tokenizer.inner.decode(free["token_ids"][:1])
+    assert not server.complete(**asked, bad_words=[word])["choices"][0]["text"].startswith(word)
+    shown = server.complete(**asked, logprobs=3, logprob_token_ids=few, return_tokens_as_token_ids=True)
+    top = shown["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert set(top) == {f"token_id:{id}" for id in (*few, free["token_ids"][0])}
+    loop = {"max_pattern_size": 1, "min_count": 4}
+    ended = server.complete(**asked, allowed_token_ids=few[:1], repetition_detection=loop)["choices"][0]
+    assert (ended["finish_reason"], ended["token_ids"]) == ("repetition", few[:1] * 4)
