@@ -29,6 +29,7 @@ class GpuRunner(PagedRunner):
     """See the module's docstring. `seats`: requests at once; `longest`: tokens of a sequence, at most."""
 
     paced = False
+    note = "The kernels for GPUs are unverified: docs/gpu.md says how to check them."
 
     def __init__(
         self,
