@@ -14,12 +14,15 @@ from lm import pretrained
 from lm.linear import bf16_is_fast
 from lm.params import SamplingParams
 from lm.tokenizer import Tokenizer
-from serve.engine import rows
+from serve.engine import kernels, rows
 from serve.engine.draft import Speculation
 from serve.engine.engine import Engine, in_rows
 from serve.engine.memory import SetupError, ran_out, size_cache, step_budget
 from serve.engine.messages import Add, EngineConfig, Ready
 from serve.engine.pages import Pages
+from serve.engine.quantize import refusal
+from serve.engine.runner import PagedRunner
+from serve.engine.served import ServedLM, serve_model
 
 DTYPES = {
     "float32": torch.float32,
@@ -47,7 +50,10 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
             raise
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
     _check_vocabulary(model.config)
+    parameters = sum(p.numel() for p in model.parameters())
     loaded = time.perf_counter()
+    model, model_note = prepare(model, config, device)
+    packed = time.perf_counter()
     per_block = bytes_per_block(model, config.block_size, dtype)
     size = size_cache(model.config.context, per_block, config, device, sides=2 if model.encoder_decoder else 1)
     budget, budget_note = step_budget(size.max_model_len, config, whole=in_rows(model))
@@ -67,6 +73,8 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         prefix_caching=config.enable_prefix_caching,
         speculation=speculation,
     )
+    if config.batch_invariant:
+        check_invariance(engine)
     sized = time.perf_counter()
     first_token(engine)
     return engine, Ready(
@@ -79,13 +87,21 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
         eos_token_ids=eos,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         blocks=size.blocks,
         block_size=config.block_size,
         cache_bytes=size.blocks * per_block,
         threads=threads,
-        seconds={"load": loaded - begin, "cache": sized - loaded, "first_token": time.perf_counter() - sized},
-        note=" ".join(sentence for sentence in (note, size.note, budget_note, draft_note) if sentence) or None,
+        seconds={
+            "load": loaded - begin,
+            "pack": packed - loaded,
+            "cache": sized - packed,
+            "first_token": time.perf_counter() - sized,
+        },
+        note=" ".join(
+            said for said in (note, model_note, engine.runner.note, size.note, budget_note, draft_note) if said
+        )
+        or None,
     )
 
 
@@ -107,15 +123,20 @@ def use_cores() -> int:
 
 
 def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str | None]:
-    """`auto` is the folder's dtype, but float32 where a CPU has no instructions for a half: it is faster there."""
+    """`auto` is the folder's dtype, but on a CPU its halves are what that is fast in: bfloat16, or float32 where there
+    are no instructions for it; so are the numbers of a GGUF file, whose precision is less than either's.
+    """
     if name != "auto":
         return DTYPES[name], None
+    half = torch.bfloat16 if device == "cuda" or bf16_is_fast("cpu") else torch.float32
     if Path(folder).is_file():
         own = pretrained.own_dtype(folder)
+        if own is torch.float32:
+            return half, None
     else:
         raw = _read_json(Path(folder) / "config.json")
         own = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
-    if device == "cpu" and own is not torch.float32 and not bf16_is_fast("cpu"):
+    if device == "cpu" and own is not torch.float32 and half is torch.float32:
         return (
             torch.float32,
             f"This CPU has no instructions for {str(own).removeprefix('torch.')}: the weights were widened to float32.",
@@ -123,6 +144,36 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     if device == "cpu" and own is torch.float16:
         return torch.bfloat16, "On a CPU float16 is slow: the weights were taken as bfloat16."
     return own, None
+
+
+def prepare(model: Any, config: EngineConfig, device: str) -> tuple[Any, str | None]:
+    """The model as it is served, and a sentence where that is not as fast as it could be."""
+    whole = in_rows(model)
+    if config.quantization is not None:
+        widest = 0 if whole else max(model.config.width, model.config.inner, model.config.heads * model.config.dim)
+        if refused := refusal(device, kernels.current(), whole=whole, inputs=widest):
+            raise SetupError(refused)
+    if device != "cpu" or whole:
+        return model, None
+    served = serve_model(model, config.quantization)
+    if kernels.available() is None:
+        return served, (
+            "The C kernels are not here (they are compiled at install, with gcc or clang): answers come slower, and "
+            "may depend in their last digits on who shares a step."
+        )
+    return served, None
+
+
+def check_invariance(engine: Engine) -> None:
+    """Raises SetupError where answers may depend in their last digits on who shares a step."""
+    runner = engine.runner
+    served = isinstance(runner, PagedRunner) and isinstance(runner.model, ServedLM) and runner.model.invariant
+    if not (served and isinstance(runner, PagedRunner) and runner.pages.kernels is not None):
+        raise SetupError(
+            "--batch-invariant can be promised for decoder-only models on a CPU with the compiled kernels alone, in "
+            "float32, in bfloat16 where the CPU has instructions for it, or in int8, with a --block-size that is a "
+            "multiple of 16; leave it out."
+        )
 
 
 def choose_speculation(config: EngineConfig, *, whole: bool) -> tuple[Speculation | None, str | None]:

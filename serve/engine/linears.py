@@ -1,9 +1,9 @@
 """Matrix products for serving: weights fused and laid out once, as this machine multiplies them fastest.
 
 On a CPU that is oneDNN's packed linear (twice to four times as fast as F.linear at few rows). A row of its answer has
-the same bits whoever shares the product, in bfloat16 with any number of rows, in float32 with two or more: so a single
-row is multiplied twice. Where packing is not to be had (bfloat16 on a CPU without its instructions, float16), products
-are F.linear's, fused all the same.
+the same bits whoever shares the product, as long as there are two rows or more (one alone is summed in another order
+at some sizes): so a single row is multiplied twice. Where packing is not to be had (bfloat16 on a CPU without its
+instructions, float16), products are F.linear's, fused all the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class PackedLinear:
         self.outputs = len(weight)
         self.bias = torch.cat(given) if given else None
         self.packed = weight.device.type == "cpu" and packing_is_usable(weight.dtype)
-        self._twice = weight.dtype is torch.float32
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if self.packed else weight
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._product_and_sum = torch.ops.mkldnn._linear_pointwise.binary
@@ -42,7 +41,7 @@ class PackedLinear:
         rows = len(x)
         if not self.packed or rows == 0:
             return self._plain(x, residual)
-        if rows == 1 and self._twice:
+        if rows == 1:
             x = torch.cat((x, x))
             residual = None if residual is None else torch.cat((residual, residual))
         if residual is None:

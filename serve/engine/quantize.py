@@ -3,8 +3,9 @@
     y[n, o] = s_n t_o sum_i x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
 
 The sum is exact in int32, so a row's answer has the same bits whoever shares the product, with any number of rows; and
-since no scale spans two rows, nobody's answer depends on a neighbour. kernels/int8.c does it, with all that stands
-around the product in the same call.
+since no scale spans two rows, nobody's answer depends on a neighbour. Where rows have a few large numbers, so that 8 bits
+for the others harm the answer (before q, k and v, the last matrix of the MLP and the head), they are rounded to 16 and
+multiplied as two halves. kernels/int8.c does it, with all that stands around the product in the same call.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Map(ctypes.Structure):
         ("outputs", c_int64),
         ("gated", c_int64),
         ("centred", c_int64),
+        ("fine", c_int64),
         ("eps", c_float),
     )
 
@@ -69,14 +71,17 @@ class Int8Linear:
         *,
         norm: nn.Module | None = None,
         gated: bool = False,
+        fine: bool = False,
         out: torch.dtype | None = None,
     ) -> None:
         """weights [out_i, in]; biases [out_i], all or none; norm: of x, before it is rounded; gated: the weights are
-        those of gate and up, and the answer is silu(gate) * up; out: the answer's dtype, by default the weights'.
+        those of gate and up, and the answer is silu(gate) * up; fine: rows are rounded to 16 bits, which costs
+        multiplications but no memory; out: the answer's dtype, by default the weights'.
         """
         self.inputs = weights[0].shape[1]
         self.outputs = len(weights[0]) if gated else sum(map(len, weights))
         self._out = out or weights[0].dtype
+        self._bytes = (2 * self.inputs + 16) * (2 if fine else 1)
         self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
         # Gate and up alternate block by block, so that both are at hand for the answer.
         matrices = [weight.detach() for weight in weights]
@@ -112,6 +117,7 @@ class Int8Linear:
             outputs=self.outputs,
             gated=gated,
             centred=isinstance(norm, nn.LayerNorm),
+            fine=fine,
             eps=0.0 if norm is None else norm.eps,
         )
         self._at = ctypes.addressof(self._map)
@@ -126,7 +132,7 @@ class Int8Linear:
             pointer(residual),
             out.data_ptr(),
             rows,
-            self._scratch.at(rows * (2 * self.inputs + 16) + 64),
+            self._scratch.at(rows * self._bytes + 64),
             x.dtype is torch.bfloat16,
             self._out is torch.bfloat16,
         )

@@ -34,7 +34,7 @@ class ServedBlock(nn.Module):
     def __init__(self, block: Block, config: DecoderConfig, kernels: Kernels | None, scratch: Scratch | None):
         """scratch: of the int8 products; None: the block's dtype stays."""
         super().__init__()
-        self.layer = block.layer
+        self.layer, self.pads = block.layer, scratch is None
         self.parts = [config.heads, config.kv, config.kv]
         self.dim = config.dim
         self.rotate = Rotation(block.self_attn, config.heads, config.kv, block.rotates, kernels)
@@ -48,11 +48,15 @@ class ServedBlock(nn.Module):
         """As lm.decoder.Block: x [..., width], contiguous; table [..., 2, D] or None."""
         shape = x.shape
         x = x.view(-1, shape[-1])
-        qkv = self.qkv(x)
+        rows = len(x)
+        if pads := rows == 1 and self.pads:
+            x = torch.cat((x, x))  # what PackedLinear would do for each of the four
+        qkv = self.qkv(x)[:rows]
         self.rotate(qkv, table)
-        q, k, v = qkv.view(*shape[:-1], -1, self.dim).split(self.parts, dim=-2)
-        x = self.o(attend(self.layer, q, k, v).reshape(len(x), -1), x)
-        return self.down(self.inner(x), x).view(shape)
+        q, k, v = qkv.view(*shape[:-1], sum(self.parts), self.dim).split(self.parts, dim=-2)
+        mixed = attend(self.layer, q, k, v).reshape(rows, -1)
+        x = self.o(torch.cat((mixed, mixed)) if pads else mixed, x)
+        return self.down(self.inner(x), x)[:rows].view(shape)
 
 
 def _float_maps(block: Block, config: DecoderConfig, kernels: Kernels | None) -> tuple[Into, Onto, Into, Onto]:
@@ -65,15 +69,15 @@ def _float_maps(block: Block, config: DecoderConfig, kernels: Kernels | None) ->
 def _int8_maps(
     block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch
 ) -> tuple[Into, Onto, Into, Onto]:
-    def made(maps: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False) -> Int8Linear:
-        return Int8Linear(*_tensors(maps), kernels, scratch, norm=norm, gated=gated)
+    def made(maps: list[nn.Linear], norm: nn.Module | None = None, **flags: bool) -> Int8Linear:
+        return Int8Linear(*_tensors(maps), kernels, scratch, norm=norm, **flags)
 
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
     if config.activation == "swiglu":
-        return made(qkv, before), made(o), made(up, after, gated=True), made(down)
+        return made(qkv, before, fine=True), made(o), made(up, after, gated=True), made(down, fine=True)
     inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
-    return made(qkv, before), made(o), lambda x: activation(inner(x)), made(down)
+    return made(qkv, before, fine=True), made(o), lambda x: activation(inner(x)), made(down, fine=True)
 
 
 def _maps(block: Block, config: DecoderConfig) -> tuple[list[nn.Linear], ...]:
@@ -111,7 +115,7 @@ class ServedLM(DecoderLM):
         self.head = (
             PackedLinear(head)
             if scratch is None or self.kernels is None
-            else Int8Linear(head, (), self.kernels, scratch, out=torch.float32)
+            else Int8Linear(head, (), self.kernels, scratch, fine=True, out=torch.float32)
         )
         self.norm = Norm(model.norm, self.kernels)
         self.layers = nn.ModuleList()
@@ -127,7 +131,7 @@ class ServedLM(DecoderLM):
         out = self.head(hidden.reshape(-1, hidden.shape[-1]))
         if self.config.softcap is not None:
             out = softcap(out, self.config.softcap, self.kernels)
-        return out.view(*hidden.shape[:-1], -1)
+        return out.view(*hidden.shape[:-1], out.shape[-1])  # which may be no rows at all
 
 
 @torch.no_grad()

@@ -102,14 +102,22 @@ typedef struct {  // serve/engine/quantize.py has the same
     int64_t inputs, outputs;   // outputs of a gated map: of its half
     int64_t gated;             // blocks of gate and up alternate, and the output is silu(gate) * up
     int64_t centred;           // the norm is LayerNorm
+    int64_t fine;              // rows are rounded to 16 bits, 256 high + low, and each half is multiplied: for the few
+                               // maps that 8 bits of their rows harm. Reading the weights costs the same.
     float eps;
 } Map;
 
 typedef struct {
-    number *numbers;  // [rows, steps * STEP]
+    number *numbers;  // [rows, halves, steps * STEP]; halves is 2 of a fine map, high and low, else 1
     float *scales;    // [rows]
-    int32_t *sums;    // [rows], of the numbers
+    int32_t *sums;    // [rows, halves], of the numbers
 } Rounded;
+
+INLINE int32_t add_lanes(vi x) {
+    int32_t total = 0;
+    for (int lane = 0; lane < WIDTH; lane++) total += x[lane];
+    return total;
+}
 
 INLINE vf read_row(const Map *map, const void *x, Moments m, int64_t i, int is_bf16) {
     const int64_t n = map->inputs - i;
@@ -128,19 +136,28 @@ INLINE void round_row(const Map *map, const void *x, Rounded to, int64_t row, in
         most = max_(most, abs_(value));
         poison = fma_(value, splat(0), poison);  // stays 0 unless a value is infinite or no number
     }
-    const float largest = max_lanes(most), inverse = largest < LEAST ? 0 : 127 / largest;
-    to.scales[row] = (largest < LEAST ? 0 : largest / 127) + sum_lanes(poison);
-    number *numbers = to.numbers + row * padded;
-    vi sum = splat_int(0);
+    const float largest = max_lanes(most), range = map->fine ? 127 * 256 : 127;
+    const float inverse = largest < LEAST ? 0 : range / largest;
+    to.scales[row] = (largest < LEAST ? 0 : largest / range) + sum_lanes(poison);
+    const int64_t halves = map->fine ? 2 : 1;
+    number *numbers = to.numbers + row * halves * padded;
+    vi sum = splat_int(0), low_sum = splat_int(0);
     for (int64_t i = 0; i < inputs; i += WIDTH) {
+        const size_t bytes = smaller(WIDTH, padded - i) * sizeof(number);
         vi q = rounded(read_row(map, x, m, i, is_bf16) * inverse);
-        sum += q;
+        if (map->fine) {
+            vi high = (q + 128) >> 8, low = q - high * 256;
+            vn narrow = __builtin_convertvector(low, vn);
+            memcpy(numbers + padded + i, &narrow, bytes);
+            low_sum += low;
+            q = high;
+        }
         vn narrow = __builtin_convertvector(q, vn);
-        memcpy(numbers + i, &narrow, smaller(WIDTH, padded - i) * sizeof(number));
+        memcpy(numbers + i, &narrow, bytes);
+        sum += q;
     }
-    int32_t total = 0;
-    for (int lane = 0; lane < WIDTH; lane++) total += sum[lane];
-    to.sums[row] = total;
+    to.sums[row * halves] = add_lanes(sum);
+    if (map->fine) to.sums[row * halves + 1] = add_lanes(low_sum);
 }
 
 // The sums of one tile, `rows` rows by `vectors` blocks; both are constants where it is inlined.
@@ -182,15 +199,17 @@ static void sum_any_tile(const weight_t *weight, const number *numbers, int64_t 
 // From the sums of one tile to the output: scales, bias, silu(gate) * up, residual.
 static void finish_tile(const Map *map, Rounded x, vi sums[ROWS][VECTORS], const void *residual, void *out,
                         int64_t row, int rows, int64_t block, int vectors, int is_bf16) {
-    const int64_t outputs = map->outputs;
+    const int64_t outputs = map->outputs, halves = map->fine ? 2 : 1;
     for (int r = 0; r < rows; r++) {
         const float scale = x.scales[row + r];
-        const int32_t offset = OFFSET * x.sums[row + r];
+        const int32_t *total = x.sums + (row + r) * halves;
         vf gate = splat(0);
         for (int v = 0; v < vectors; v++) {
             const int64_t b = block + v, place = map->gated ? b / 2 : b, up = map->gated && b % 2;
             const int64_t channel = place * WIDTH, n = outputs - channel, at = (row + r) * outputs + channel;
-            vf y = __builtin_convertvector(sums[r][v] - offset, vf) * scale * load(map->scales + b * WIDTH);
+            vf y = __builtin_convertvector(sums[r * halves][v] - OFFSET * total[0], vf);
+            if (map->fine) y = y * 256 + __builtin_convertvector(sums[r * halves + 1][v] - OFFSET * total[1], vf);
+            y = y * scale * load(map->scales + b * WIDTH);
             if (map->bias) y += load_some(map->bias, (up ? outputs : 0) + channel, n, 0);
             if (map->gated && !up) {
                 gate = silu(y);
@@ -206,14 +225,15 @@ static void finish_tile(const Map *map, Rounded x, vi sums[ROWS][VECTORS], const
 // Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass.
 static void blocks(const Map *map, Rounded x, const void *residual, void *out, int64_t rows, int64_t block,
                    int64_t end, int is_bf16) {
-    const int64_t steps = steps_of(map->inputs), tiles = (rows + ROWS - 1) / ROWS;
+    const int64_t steps = steps_of(map->inputs), halves = map->fine ? 2 : 1;
+    const int64_t tiles = (rows * halves + ROWS - 1) / ROWS;
     vi sums[ROWS][VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
             const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
-            sum_any_tile(map->weight + block * steps * GROUP, x.numbers + row * steps * STEP, steps, count, vectors,
-                         sums);
+            sum_any_tile(map->weight + block * steps * GROUP, x.numbers + row * halves * steps * STEP, steps,
+                         count * (int)halves, vectors, sums);
             finish_tile(map, x, sums, residual, out, row, count, block, vectors, is_bf16);
             row += count;
         }
@@ -222,14 +242,14 @@ static void blocks(const Map *map, Rounded x, const void *residual, void *out, i
 }
 
 // x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs] in out's dtype, which may be out itself).
-// scratch: rows * (2 * inputs + 16) bytes and 64 more.
+// scratch: rows * (2 * inputs + 16) bytes, of a fine map twice that, and 64 more.
 API void heed_int8_linear(const Map *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch,
                           int64_t x_is_bf16, int64_t out_is_bf16) {
     const int64_t each = map->inputs * (x_is_bf16 ? 2 : 4);
     const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
     float *scales = scratch;
     int32_t *sums = (int32_t *)(scales + rows);
-    const Rounded small = {(number *)(sums + rows), scales, sums};
+    const Rounded small = {(number *)(sums + rows * (map->fine ? 2 : 1)), scales, sums};
 #pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
     {
 #pragma omp for schedule(static)
