@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-gpu-serve bench-checkpoint bench-kill figures clean
+.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,11 +87,17 @@ bench-start: $(STAMP) ## seconds from `python -m serve` to the first token
 bench-gpu-serve: $(STAMP) ## on a GPU: the engine beside transformers' continuous batching and the memory's limit (unverified)
 	$(PY) -m bench.gpu_serve
 
+bench-serve: $(STAMP) ## serving beside vLLM-CPU and llama.cpp (QUICK=1: one model, a quarter of an hour)
+	$(PY) -m bench.serve
+
 bench-checkpoint: $(STAMP) ## what a checkpoint a minute costs a model of 100M parameters
 	$(PY) -m bench.checkpoint
 
 bench-kill: $(STAMP) ## a run killed at 20 random moments, beside the one never killed
 	$(PY) -m bench.kill
+
+bench-sampling: $(STAMP) ## what mixed sampling costs beside all-greedy, a batch of 64
+	$(PY) -m bench.sampling
 
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py
