@@ -137,7 +137,8 @@ class Decoding:
             table = request.table
             held = (request, request.preemptions, len(table))
             if self._held[n] != held:
-                self._tables[n, : len(table)] = table
+                known = table[: self._width]  # room beyond the longest sequence is not read
+                self._tables[n, : len(known)] = known
                 self._held[n] = held
             self._tokens[n] = token
             self._positions[n] = position
