@@ -109,6 +109,7 @@ class SamplingParams:
         check(all(self.stop), "stop cannot contain an empty string.")
         check(self.detokenize or not self.stop, "stop strings need detokenize, which is False.")
         check(all(self.bad_words), "bad_words cannot contain an empty string.")
+        check(all(bias == bias for bias in (self.logit_bias or {}).values()), "logit_bias has what is not a number.")
         check(self.allowed_token_ids != (), "allowed_token_ids cannot be empty; None allows all.")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)

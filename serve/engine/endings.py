@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from serve.engine.detokenizer import Match
 from serve.engine.messages import Output, Timings
 from serve.engine.requests import Request
-from serve.engine.sampler import Drawn
+from serve.engine.sampler import NOTHING, Drawn
 
 
 def take(request: Request, drawn: Sequence[Drawn], eos: Sequence[int]) -> Output:
     """Adds tokens to the request's output, up to the one that ends it. `eos`: the ids that end a sequence, of which
-    the first is no stop reason.
+    the first is no stop reason. Raises ValueError where no token could be drawn.
     """
     output = Output(id=request.id)
     if not request.first_token:
@@ -25,6 +25,8 @@ def take(request: Request, drawn: Sequence[Drawn], eos: Sequence[int]) -> Output
     if not request.output:
         output.prompt_logprobs, output.cached = request.prompt_logprobs, request.cached
     for token, logprobs in drawn:
+        if token == NOTHING:
+            raise ValueError("allowed_token_ids, bad_words and min_tokens leave no token to go on with.")
         request.output.append(token)
         output.tokens.append(token)
         if logprobs is not None:

@@ -23,6 +23,8 @@ from lm.upload import upload
 from serve.engine.messages import TokenLogprobs
 from serve.engine.requests import Request
 
+NOTHING = -1  # in place of a token where a request excludes all there are
+
 
 class Draw(NamedTuple):
     """A request's state in the sampler."""
@@ -45,7 +47,7 @@ def prepare(
 
 
 class Drawn(NamedTuple):
-    """A token, and what its request has asked to see of the probabilities."""
+    """A token, or NOTHING, and what its request has asked to see of the probabilities."""
 
     token: int
     logprobs: TokenLogprobs | None
@@ -81,10 +83,16 @@ def draw(requests: Sequence[Request], counts: Sequence[int], logits: Tensor) -> 
                 uniforms[first + ahead] = own.uniforms[length + ahead]
         first += count
     tokens = sample(logits, [own.params for own in draws], uniforms).tolist()
+    asking = [r for r, row in enumerate(rows) if not row.plain]
+    if asking:
+        for r, value in zip(asking, logits[asking, [tokens[r] for r in asking]].tolist(), strict=True):
+            if value == -torch.inf:
+                tokens[r] = NOTHING
 
     entries: list[TokenLogprobs | None] = [None] * len(rows)
     for shown, asked in ks.items():
-        for row, entry in zip(asked, logprobs(raw[shown], [tokens[row] for row in asked], shown), strict=True):
+        chosen = [max(tokens[row], 0) for row in asked]
+        for row, entry in zip(asked, logprobs(raw[shown], chosen, shown), strict=True):
             entries[row] = entry
     return _agreed(requests, counts, [Drawn(*pair) for pair in zip(tokens, entries, strict=True)])
 

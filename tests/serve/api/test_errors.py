@@ -61,7 +61,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt_embeds": "AAAA"}, "prompt_embeds", "prompt_embeds is not supported"),
     ({"bad_words": ["x", ""]}, "bad_words", "bad_words cannot contain an empty string."),
     ({"bad_words": [f"{i:x}" for i in range(129)]}, "bad_words", "bad_words must have at most 128 words, got 129."),
-    ({"bad_words": ["fox" * 400]}, "bad_words", "bad_words are 1 sequences of"),
+    ({"bad_words": ["fox" * 1100]}, "bad_words", "bad_words are "),
     ({"allowed_token_ids": []}, "allowed_token_ids", "allowed_token_ids cannot be empty"),
     ({"allowed_token_ids": [1, 337]}, "allowed_token_ids", "allowed_token_ids [337] are out of the vocabulary"),
     ({"logprob_token_ids": [1, 2]}, "logprobs", "logprobs must be 2, the number of logprob_token_ids, got None."),

@@ -317,6 +317,26 @@ def test_a_fault_in_one_requests_text_ends_that_one(model: DecoderLM, tokenizer:
     assert tokens(outputs["good"]) == generate(model, [[1, 2, 3]], GREEDY)[0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+def test_a_request_that_leaves_itself_no_token_ends_alone(
+    model: DecoderLM, tokenizer: Tokenizer, temperature: float, filters: dict[str, float]
+) -> None:
+    engine = Engine(model, tokenizer, blocks=200)
+    none = {"allowed_token_ids": (5,), "stop_token_ids": (5,), "min_tokens": 3, "temperature": temperature, **filters}
+    outputs = run(engine, [Add("bad", [1, 2], replace(GREEDY, **none), 0.0), Add("good", [1, 2, 3], GREEDY, 0.0)])
+    assert "leave no token to go on with" in (outputs["bad"][0].error or "")
+    assert tokens(outputs["good"]) == generate(model, [[1, 2, 3]], GREEDY)[0]
+
+
+def test_a_step_says_what_it_took(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, blocks=200)
+    engine.add(Add("x", [1, 2, 3], GREEDY, 0.0))
+    stats = engine.step().stats
+    assert 0 < stats.model_seconds < stats.seconds
+    assert (stats.tokens, stats.prompt_tokens, stats.generated) == (3, 3, 1)
+
+
 def test_bad_words_and_allowed_tokens(model: DecoderLM, tokenizer: Tokenizer) -> None:
     prompt = prompts(tokenizer.vocab_size)[3]
 
