@@ -69,8 +69,11 @@ def _float_maps(block: Block, config: DecoderConfig, kernels: Kernels | None) ->
 def _int8_maps(
     block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch
 ) -> tuple[Into, Onto, Into, Onto]:
-    def made(maps: list[nn.Linear], norm: nn.Module | None = None, **flags: bool) -> Int8Linear:
-        return Int8Linear(*_tensors(maps), kernels, scratch, norm=norm, **flags)
+    def made(
+        maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False, fine: bool = False
+    ) -> Int8Linear:
+        weights, biases = _tensors(maps)
+        return Int8Linear(weights, biases, kernels, scratch, norm=norm, gated=gated, fine=fine)
 
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
