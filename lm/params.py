@@ -88,6 +88,8 @@ class SamplingParams:
         for name in ("allowed_token_ids", "logprob_token_ids"):
             ids = getattr(self, name)
             setattr(self, name, None if ids is None else tuple(dict.fromkeys(ids)))
+        if self.logprob_token_ids and self.logprobs is None:
+            self.logprobs = len(self.logprob_token_ids)
         if self.logit_bias:  # as JSON spells it, keys are texts
             self.logit_bias = {int(token): bias for token, bias in self.logit_bias.items()}
 

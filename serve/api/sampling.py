@@ -63,7 +63,10 @@ def params(
         entries = len(getattr(body, name) or ())
         if entries > MAX_IDS:
             raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {entries}.", name)
-    loop = body.repetition_detection
+    loop, named = body.repetition_detection, body.logprob_token_ids or None
+    if named and logprobs is None:
+        how = "set to true" if names else "set"
+        raise InvalidRequest(f"when using `logprob_token_ids`, `logprobs` must be {how}.", "logprob_token_ids")
     temperature = _first(body.temperature, model.defaults.get("temperature"), 1.0)
     values = {
         "n": n,
@@ -81,9 +84,9 @@ def params(
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "include_stop_str_in_output": body.include_stop_str_in_output,
         "ignore_eos": body.ignore_eos,
-        "logprobs": logprobs,
+        "logprobs": None if named else logprobs,
         "prompt_logprobs": prompt_logprobs,
-        "logprob_token_ids": body.logprob_token_ids,
+        "logprob_token_ids": named,
         "logit_bias": _logit_bias(body, vocab),
         "allowed_token_ids": body.allowed_token_ids,
         "bad_words": body.bad_words,
@@ -129,6 +132,11 @@ def _check_bad_words(words: Sequence[str], model: Model) -> None:
             f"they may be {MAX_BAD_WORDS} of {MAX_BAD_TOKENS}.",
             "bad_words",
         )
+
+
+def alternatives(body: GenerationRequest, logprobs: int | None) -> int | None:
+    """How many tokens an answer shows beside each of its own."""
+    return len(body.logprob_token_ids) + 1 if body.logprob_token_ids else logprobs
 
 
 def widen(body: GenerationRequest, model: Model) -> None:

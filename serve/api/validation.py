@@ -84,7 +84,7 @@ async def completion(body: CompletionRequest, model: Model) -> Job:
         params=params,
         n=1 if body.n is None else body.n,
         generate=not only_prompt,
-        logprobs=body.logprobs,
+        logprobs=sampling.alternatives(body, body.logprobs),
         prompt_logprobs=body.prompt_logprobs is not None,
     )
 
@@ -120,7 +120,7 @@ async def chat(body: ChatRequest, model: Model) -> Job:
         prompts=[prompt],
         params=[params],
         n=1 if body.n is None else body.n,
-        logprobs=logprobs,
+        logprobs=sampling.alternatives(body, logprobs),
         prompt_logprobs=prompt_logprobs is not None,
         role=role,
         opening=conversation.opening(body, role) if body.echo else "",

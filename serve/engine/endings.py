@@ -69,7 +69,7 @@ def _read(request: Request, output: Output, token: int, eos: Sequence[int]) -> N
     if length >= request.limit:
         _end(request, output, "length")
     elif enough and loop is not None and loop.found(request.output):
-        _end(request, output, "repetition")
+        _end(request, output, "repetition", "repetition_detected")
 
 
 def _end(request: Request, output: Output, reason: str, stop: int | str | None = None, text: str = "") -> None:

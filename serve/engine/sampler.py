@@ -41,7 +41,7 @@ def prepare(
     `bad`: its bad words, as tokens.
     """
     params = request.params
-    if params.min_tokens and not params.ignore_eos:  # until then EOS is banned, as the stop tokens are
+    if params.min_tokens:  # until then EOS is banned, as the stop tokens are; as in vLLM, also where it would not stop
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *eos))
     return Draw(params, Row(params, before, request.output, bad), Uniforms(seed))
 

@@ -339,7 +339,10 @@ def test_penalties_count_as_the_output_grows_and_as_if_it_did(
         ({"allowed_token_ids": []}, "allowed_token_ids cannot be empty; None allows all."),
         ({"bad_words": ["a", ""]}, "bad_words cannot contain an empty string."),
         ({"stop": "a", "detokenize": False}, "stop strings need detokenize, which is False."),
-        ({"logprob_token_ids": [1, 2]}, "logprobs must be 2, the number of logprob_token_ids, got None."),
+        (
+            {"logprob_token_ids": [1, 2], "logprobs": 1},
+            "logprobs must be 2, the number of logprob_token_ids, got 1.",
+        ),
         (
             {"logprob_token_ids": range(129), "logprobs": 129},
             "logprob_token_ids must have 1 to 128 ids, got 129.",

@@ -64,7 +64,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": ["fox" * 1100]}, "bad_words", "bad_words are "),
     ({"allowed_token_ids": []}, "allowed_token_ids", "allowed_token_ids cannot be empty"),
     ({"allowed_token_ids": [1, 337]}, "allowed_token_ids", "allowed_token_ids [337] are out of the vocabulary"),
-    ({"logprob_token_ids": [1, 2]}, "logprobs", "logprobs must be 2, the number of logprob_token_ids, got None."),
+    ({"logprob_token_ids": [1]}, "logprob_token_ids", "when using `logprob_token_ids`, `logprobs` must be set."),
     ({"logprobs": 1, "logprob_token_ids": [-1]}, "logprob_token_ids", "logprob_token_ids [-1] are out of the"),
     ({"repetition_detection": {"max_pattern_size": 2}}, "repetition_detection", "repetition_detection needs a min_c"),
     ({"use_beam_search": True, "bad_words": ["a"]}, "bad_words", "bad_words is ['a']; a beam search does not look"),

@@ -368,7 +368,8 @@ def test_a_loop_ends_a_request(model: DecoderLM, tokenizer: Tokenizer) -> None:
     loop = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
     params = replace(GREEDY, allowed_token_ids=(5,), repetition_detection=loop)
     outputs = run(Engine(model, tokenizer), [Add("x", [1], params, 0.0)])["x"]
-    assert (tokens(outputs), outputs[-1].finish_reason) == ([5, 5, 5], "repetition")
+    last = outputs[-1]
+    assert (tokens(outputs), last.finish_reason, last.stop_reason) == ([5, 5, 5], "repetition", "repetition_detected")
 
 
 def test_what_cannot_be_ends_with_an_error_and_not_an_exception(model: DecoderLM, tokenizer: Tokenizer) -> None:
