@@ -19,7 +19,7 @@ from serve.engine.gpu_graphs import Capture, CudaCapture, Graphs
 from serve.engine.pages import Pages
 from serve.engine.requests import Request
 from serve.engine.runner import PagedRunner
-from serve.engine.sampler import Drawn
+from serve.engine.sampler import NOTHING, Drawn
 from serve.engine.scheduler import Share
 
 MOST = 256  # rows of the largest graph
@@ -81,7 +81,7 @@ class GpuRunner(PagedRunner):
         singles = []
         for request, tokens in drawn.items():
             position = request.known  # of the token that is not in its output yet
-            goes_on = len(tokens) == 1 and len(request.output) + 1 < request.limit
+            goes_on = len(tokens) == 1 and len(request.output) + 1 < request.limit and tokens[0].token != NOTHING
             if goes_on and grow(request.table, position + 1):
                 singles.append(Single(request, position, tokens[0].token))
         if 0 < len(singles) <= self._graphs.most:

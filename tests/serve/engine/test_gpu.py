@@ -24,7 +24,7 @@ from serve.engine.messages import Add
 from serve.engine.pages import Pages
 from serve.engine.requests import Request
 from serve.engine.runner import PagedRunner
-from serve.engine.sampler import Drawn
+from serve.engine.sampler import NOTHING, Drawn
 from serve.engine.scheduler import Share
 
 CPU = torch.device("cpu")
@@ -51,7 +51,9 @@ def run_again(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor
 
 def make_model(**config: Any) -> DecoderLM:
     torch.manual_seed(0)
-    made = DecoderLM(DecoderConfig(**{"vocab_size": VOCABULARY, "context": 96, "layers": 2, "width": 64} | config))
+    made = DecoderLM(
+        DecoderConfig(**{"vocab_size": VOCABULARY, "context": 96, "layers": 2, "width": 64, "heads": 4} | config)
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(3)
@@ -130,6 +132,16 @@ def test_it_computes_what_the_runner_of_a_cpu_does(config: dict[str, Any], devic
             request.output.append(token.token)
     assert 2 < alone < 16  # graphs, and mixed steps
     assert total / 3 < count[0] < total  # rows that were begun with, and rows that were not
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "room"), [((NOTHING,), 9, True), ((1, 2), 9, True), ((1,), 1, True), ((1,), 9, False)]
+)
+def test_nothing_is_begun_for_who_does_not_go_on(tokens: tuple[int, ...], limit: int, room: bool) -> None:
+    runner = gpu_runner(make_model(), "cpu")
+    request = Request(id="", prompt=[1], params=SamplingParams(), table=[1], limit=limit)
+    runner.ahead({request: [Drawn(token, None) for token in tokens]}, lambda table, tokens: room)
+    assert not runner._begun
 
 
 def answers(engine: Engine) -> dict[str, tuple[list[int], str | None]]:
