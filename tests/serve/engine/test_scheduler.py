@@ -443,23 +443,24 @@ def test_blocks_without_a_hash_go_first_then_the_least_recently_used_the_end_bef
 
 
 def test_a_burst_of_equal_prompts_is_computed_once_and_lets_others_pass() -> None:
-    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=8, max_num_batched_tokens=10)
+    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=8, max_num_batched_tokens=100)
     for name in ("a", "b", "c"):
         scheduler.add(request(name, 21))
     scheduler.add(request("other", [9] * 6))
-    assert run(scheduler) == [("a", 0, 10)]
-    assert run(scheduler) == [("a", 10, 10)]
-    assert run(scheduler) == [("a", 20, 1), ("b", 20, 1), ("c", 20, 1), ("other", 0, 6)]
+    assert run(scheduler) == [("a", 0, 21), ("other", 0, 6)]
+    assert run(scheduler) == [("a", 21, 1), ("other", 6, 1), ("b", 20, 1), ("c", 20, 1)]
 
 
 def test_who_waits_for_another_goes_on_when_that_one_is_gone() -> None:
-    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=8, max_num_batched_tokens=10)
-    leader = request("leader", 21)
+    scheduler = Scheduler(BlockManager(100, 4), max_num_seqs=8, max_num_batched_tokens=100)
+    leader, follower = request("leader", 21), request("follower", 21)
     scheduler.add(leader)
-    scheduler.add(request("follower", 21))
-    run(scheduler)
+    scheduler.add(follower)
+    assert len(scheduler.schedule()) == 1
+    assert follower.follows == (leader, 20)
     scheduler.finish(leader)
-    assert run(scheduler) == [("follower", 8, 10)]
+    assert run(scheduler) == [("follower", 0, 21)]
+    assert follower.follows is None
 
 
 def test_who_has_little_in_common_does_not_wait() -> None:
