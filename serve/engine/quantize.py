@@ -3,9 +3,9 @@
     y[n, o] = s_n t_o sum_i x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
 
 The sum is exact in int32, so a row's answer has the same bits whoever shares the product, with any number of rows; and
-since no scale spans two rows, nobody's answer depends on a neighbour. Where rows have a few large numbers, so that 8
-bits for the others harm the answer (before q, k and v, the last matrix of the MLP and the head), they are rounded to
-16 and multiplied as two halves. kernels/int8.c does it, with all that stands around the product in the same call.
+since no scale spans two rows, nobody's answer depends on a neighbour. Rows have a few large numbers, and 8 bits for the
+others harm the answer, everywhere but behind attention: there rows are rounded to 16 bits and multiplied as two halves,
+which reads the weights no more often. kernels/int8.c does it, with all that stands around the product in one call.
 """
 
 from __future__ import annotations

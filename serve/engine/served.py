@@ -78,8 +78,8 @@ def _int8_maps(
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
     if config.activation == "swiglu":
-        return made(qkv, before, fine=True), made(o), made(up, after, gated=True), made(down, fine=True)
-    inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
+        return made(qkv, before, fine=True), made(o), made(up, after, gated=True, fine=True), made(down, fine=True)
+    inner, activation = made(up, after, fine=True), Activation(config.activation, config.inner, kernels)
     return made(qkv, before, fine=True), made(o), lambda x: activation(inner(x)), made(down, fine=True)
 
 

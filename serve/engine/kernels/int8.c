@@ -102,8 +102,8 @@ typedef struct {  // serve/engine/quantize.py has the same
     int64_t inputs, outputs;   // outputs of a gated map: of its half
     int64_t gated;             // blocks of gate and up alternate, and the output is silu(gate) * up
     int64_t centred;           // the norm is LayerNorm
-    int64_t fine;              // rows are rounded to 16 bits, 256 high + low, and each half is multiplied: for the few
-                               // maps that 8 bits of their rows harm. Reading the weights costs the same.
+    int64_t fine;              // rows are rounded to 16 bits, 256 high + low, and each half is multiplied: for maps
+                               // that 8 bits of their rows harm. Reading the weights costs the same.
     float eps;
 } Map;
 
