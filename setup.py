@@ -6,6 +6,7 @@ package lets setuptools compile, place and ship them. Each is optional: without 
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from glob import glob
 from pathlib import Path
@@ -14,6 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "serve/engine/kernels"
+SOURCES, HEADERS = sorted(glob(f"{FOLDER}/*.c")), sorted(glob(f"{FOLDER}/*.h"))
+# What library.py compares with the files that it finds.
+DIGEST = hashlib.sha256(b"".join(Path(file).read_bytes() for file in SOURCES + HEADERS)).hexdigest()
 # -fopenmp compiles the pragmas, and nothing links an OpenMP library: the names are resolved in torch's own, so that
 # there is one pool of threads. No contraction: where a multiplication and an addition are one operation, the source
 # says so, and a result does not depend on what the compiler saw beside it.
@@ -45,8 +49,9 @@ setup(
     ext_modules=[
         Extension(
             f"serve.engine.kernels._{variant}",
-            sources=sorted(glob(f"{FOLDER}/*.c")),
-            depends=sorted(glob(f"{FOLDER}/*.h")),
+            sources=SOURCES,
+            depends=HEADERS,
+            define_macros=[("HEED_SOURCES", f'"{DIGEST}"')],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )

@@ -167,8 +167,8 @@ def main() -> None:
         "make bench-kernels",
         columns,
         rows,
-        note=f"{library.variant} kernels, {options.threads} threads, medians of {options.rounds}; sdpa: keys and values "
-        "lie together, nothing is written; gathered: the engine without kernels.",
+        note=f"{library.variant} kernels, {options.threads} threads, medians of {options.rounds}; sdpa: keys and "
+        "values lie together, nothing is written; gathered: the engine without kernels.",
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def current() -> Kernels | None:
 
 @functools.cache
 def load(variant: str) -> Kernels | None:
-    """This variant, or None where it was not built or where the processor or the linker refuses it."""
+    """This variant, or None where it was not built or where the processor or the linker refuses it.
+
+    Raises ValueError where there is no such variant, and where it was built from other sources than those beside it.
+    """
     if variant not in NEEDS:
         raise ValueError(f"HEED_KERNELS is {variant!r}; it can be off, {', '.join(NEEDS)}.")
     if not NEEDS[variant] <= _cpu_flags():
@@ -82,13 +86,27 @@ def load(variant: str) -> Kernels | None:
         try:
             _share_openmp()
             library = ctypes.CDLL(str(file))
+            _check_sources(library, file)
             for name, parameters in SIGNATURES.items():
                 function = getattr(library, name)
                 function.argtypes, function.restype = parameters, None
-        except (OSError, AttributeError):  # no OpenMP to resolve against, or built from other sources
+        except OSError:  # no OpenMP of torch's to resolve its names in
             return None
         return Kernels(variant, library)
     return None
+
+
+def _check_sources(library: ctypes.CDLL, file: Path) -> None:
+    """Raises ValueError where the C files beside a library, if any, are not those that it was built from: what its
+    functions are called with may have changed since.
+    """
+    files = [*sorted(file.parent.glob("*.c")), *sorted(file.parent.glob("*.h"))]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in files)).hexdigest()
+    tell = getattr(library, "heed_sources", None)
+    if tell is not None:
+        tell.restype = ctypes.c_char_p
+    if files and (tell is None or tell() != digest.encode()):
+        raise ValueError("The C kernels were compiled from other sources than those that are here: run `make install`.")
 
 
 @functools.cache

@@ -54,3 +54,13 @@ def test_there_is_one_openmp_in_the_process() -> None:
     kernels.current()
     lines = Path("/proc/self/maps").read_text().splitlines()
     assert len({line.split()[-1] for line in lines if "libgomp" in line}) == 1
+
+
+@needs_kernels
+def test_a_library_of_other_sources_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    loaded = kernels.current()
+    assert loaded is not None
+    library._check_sources(loaded.call, tmp_path / "library.so")  # a wheel has no sources
+    (tmp_path / "attention.c").write_text("// other\n")
+    with pytest.raises(ValueError, match="run `make install`"):
+        library._check_sources(loaded.call, tmp_path / "library.so")

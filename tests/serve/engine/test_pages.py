@@ -40,7 +40,9 @@ def test_cleared_blocks_are_numbers_again(kernels: str | None) -> None:
         assert (tensor[:, 3] == 1).all()
 
 
-@pytest.mark.parametrize("unfit", [{"size": 8}, {"size": 24}, {"dim": 257}, {"heads": 770, "kv_heads": 1}, {"dtype": torch.float16}])
+@pytest.mark.parametrize(
+    "unfit", [{"size": 8}, {"size": 24}, {"dim": 257}, {"heads": 770, "kv_heads": 1}, {"dtype": torch.float16}]
+)
 def test_torch_takes_what_the_kernels_do_not(unfit: dict[str, Any]) -> None:
     assert pages(**unfit).kernels is None
 
