@@ -15,8 +15,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import httpx
 
 from bench import peers, serve_limit
 from bench.record import save_table
@@ -36,6 +38,7 @@ CELLS = (
     Cell(512, 128, 16, 32),
 )
 QUICK_CELLS = (Cell(128, 64, 1, 3), Cell(128, 64, 16, 16), Cell(512, 128, 1, 1))
+FAILURES = (RuntimeError, OSError, ValueError, httpx.HTTPError)  # of a server or a load; what else is ours ends the run
 POINTS = ("start", "interruption", "prefixes", "host", "speculation")
 
 
@@ -59,7 +62,6 @@ def main() -> None:
     if len(sys.argv) > 1:
         command = f"{'QUICK=1 ' if quick else ''}python -m bench.serve {' '.join(sys.argv[1:])}"
     end = "-quick" if quick else ""
-    peers.main()
     generator = Generator()
     try:
         for i, name in enumerate(options.models):
@@ -82,33 +84,44 @@ def measure(
     cold = not (peers.PEERS / "vllm-cache").exists()
     with servers(model, options.sides, options.threads) as (running, absent):
         samples: Samples = {}
-        note = " ".join(
-            [f"Medians of {options.rounds} rounds, {options.threads} threads a side.", *absent],
-        )
+        said = [f"Medians of {options.rounds} rounds, {options.threads} threads a side.", *absent]
         for turn in range(options.rounds):
             for i, cell in enumerate(cells):
-                for server in running:
-                    figures = loaded(generator, server, model, cell, 100 * turn + i)
+                for server in list(running):
+                    try:
+                        figures = loaded(generator, server, model, cell, 100 * turn + i)
+                    except FAILURES as error:  # one side's; the others' rounds go on
+                        print(error, flush=True)
+                        said.append(f"{server.side.name} was measured no more after this: {error}")
+                        running.remove(server)
+                        server.end()
+                        continue
                     for figure, value in figures.items():
                         side = samples.setdefault(cell.name, {}).setdefault(server.side.name, {})
                         side.setdefault(figure, []).append(value)
-            save_cells(f"{model.name}{end}", command, note, cells, samples)
+            save_cells(f"{model.name}{end}", command, " ".join(said), cells, samples)
         save_limit(model, options, cells, samples, command, end)
         others = Points(generator, model, options.threads, options.point_rounds)
         named = {server.side.name: server for server in running}
-        heed = [server for server in running if server.side.name == "heed bf16"]
+        heed = [named[name] for name in ("heed bf16",) if name in named]
         both = [named[name] for name in ("heed bf16", "vLLM bf16") if name in named]
-        if "start" in points:
-            others.starts({server.side.name: [server.first_token_s] for server in running}, cold)
-        if "interruption" in points:
-            others.interruption(both)
-        if "prefixes" in points:
-            others.prefixes(both)
-        if "host" in points:
-            others.host(heed)
-        if "speculation" in points and heed:
-            others.speculation(heed[0])
-        others.save(f"serve-{model.name}-points{end}", command)
+        work: dict[str, Callable[[], None]] = {
+            "start": lambda: others.starts(
+                {server.side.name: starts(server, model, options) for server in running}, cold
+            ),
+            "interruption": lambda: others.interruption(both),
+            "prefixes": lambda: others.prefixes(both),
+            "host": lambda: others.host(heed),
+            "speculation": lambda: others.speculation(heed[0]) if heed else None,
+        }
+        for point in points:
+            try:
+                work[point]()
+            except FAILURES as error:
+                others.failed(point, str(error))
+                for server in running:
+                    server.pause()
+            others.save(f"serve-{model.name}-points{end}", command)
 
 
 @contextmanager
@@ -122,8 +135,8 @@ def servers(model: Model, names: list[str], threads: int) -> Iterator[tuple[list
                 continue
             try:
                 server = start(side, model, threads)
-            except DidNotStart as error:
-                absent.append(str(error))
+            except (DidNotStart, SystemExit) as error:  # or what it needs cannot be installed
+                absent.append(str(error).strip().splitlines()[-1])
                 print(error, flush=True)
                 continue
             server.pause()
@@ -133,6 +146,16 @@ def servers(model: Model, names: list[str], threads: int) -> Iterator[tuple[list
     finally:
         for server in running:
             server.end()
+
+
+def starts(server: Server, model: Model, options: argparse.Namespace) -> list[float]:
+    """Seconds until its first token: of this server, and of others like it where a start is a matter of seconds."""
+    seconds = [server.first_token_s]
+    while server.side.kind != "vllm" and len(seconds) < options.point_rounds:
+        another = start(server.side, model, options.threads)
+        seconds.append(another.first_token_s)
+        another.end()
+    return seconds
 
 
 def loaded(generator: Generator, server: Server, model: Model, cell: Cell, seed: int) -> dict[str, float]:

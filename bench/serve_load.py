@@ -42,7 +42,8 @@ class Generator:
     def __init__(self) -> None:
         self._log = (WORK / "serve" / "generator.log").open("wb")
         self._process = subprocess.Popen(
-            [str(peers.vllm() / "python"), str(ROOT / "bench" / "serve_client.py")],
+            # -P: what lies beside the script is not to be found under the names of packages.
+            [str(peers.vllm() / "python"), "-P", str(ROOT / "bench" / "serve_client.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

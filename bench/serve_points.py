@@ -147,6 +147,10 @@ class Points:
             text = f"{on / off:.2f} ({on:.0f} against {off:.0f} tokens/s)"
             self._row(f"drafts by prompt lookup against none, {name} text, 1 client", base.side.name, text, "", None)
 
+    def failed(self, point: str, sentence: str) -> None:
+        """What there is to say instead of a measurement."""
+        self._row(point, "", sentence, "", None)
+
     def _load(self, server: Server, cell: Cell, seed: int, texts: Path | None = None) -> dict[str, float]:
         folder = self.model.bfloat16
         if texts is not None:

@@ -47,7 +47,7 @@ class Side:
         folder = str(model.float32 if self.dtype == "float32" else model.bfloat16)
         if self.kind == "llama.cpp":
             # Each sequence has a seat and an equal part of -c; the longest prompt is not asked of llama.cpp.
-            room = ["-c", str(SEATS * 1024), "-np", str(SEATS), "-b", "2048", "-ub", "512"]
+            room = ["-c", str(SEATS * 1024), "-np", str(SEATS), "-b", "2048", "-ub", "512", "--cache-ram", "0"]
             plain = ["-m", str(model.q8_0), "-t", str(threads), "-tb", str(threads), "--no-webui"]
             command = [str(peers.llama_server()), *plain, *room, "--port", str(port), "--alias", NAME]
             return [*command, *self.flags], {}

@@ -82,4 +82,6 @@ async def _until(arrivals: list[list[float]], count: int, streams: list[asyncio.
 def _p99(arrivals: list[list[float]], begin: float, end: float) -> float:
     """Of the gaps that end within this time."""
     gaps = sorted(b - a for times in arrivals for a, b in pairwise(times) if begin < b <= end)
+    if not gaps:
+        raise RuntimeError("No stream had a token while the long prompt was read: there is no gap to speak of.")
     return gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))]
