@@ -68,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace, children: list[subprocess.Popen]) -> None:
-    folders: dict[str, Path] = {}
+    # Read before anything is trained: a wrong key is one sentence, and said at once.
+    folders = {name: Path(load(recipe, options.overrides).run.dir) / "model" for name, recipe in RECIPES.items()}
     for name, recipe in RECIPES.items():
         heading(f"Training {name}")
         command = [*LAUNCH, recipe, *options.overrides]
         print(f"$ {shlex.join(command)}\n", flush=True)
         train(command, children)
-        folders[name] = Path(load(recipe, options.overrides).run.dir) / "model"
         if not (folders[name] / "config.json").exists():
             raise DemoError(f"The training ended without a model in {shown(folders[name])}; what it said is above.")
 
