@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 import httpx
 
-from bench import peers, serve_limit
+from bench import serve_limit
 from bench.record import save_table
 from bench.serve_load import Cell, Generator
 from bench.serve_models import MODELS, Model
@@ -81,7 +81,6 @@ def measure(
     end: str,
 ) -> None:
     """One model: its servers, the rounds, the limit, and those of the other points that are asked for."""
-    cold = not (peers.PEERS / "vllm-cache").exists()
     with servers(model, options.sides, options.threads) as (running, absent):
         samples: Samples = {}
         said = [f"Medians of {options.rounds} rounds, {options.threads} threads a side.", *absent]
@@ -106,9 +105,7 @@ def measure(
         heed = [named[name] for name in ("heed bf16",) if name in named]
         both = [named[name] for name in ("heed bf16", "vLLM bf16") if name in named]
         work: dict[str, Callable[[], None]] = {
-            "start": lambda: others.starts(
-                {server.side.name: starts(server, model, options) for server in running}, cold
-            ),
+            "start": lambda: others.starts({server.side.name: starts(server, model, options) for server in running}),
             "interruption": lambda: others.interruption(both),
             "prefixes": lambda: others.prefixes(both),
             "host": lambda: others.host(heed),
@@ -149,9 +146,12 @@ def servers(model: Model, names: list[str], threads: int) -> Iterator[tuple[list
 
 
 def starts(server: Server, model: Model, options: argparse.Namespace) -> list[float]:
-    """Seconds until its first token: of this server, and of others like it where a start is a matter of seconds."""
+    """Seconds until its first token: of this server and of others like it; of vLLM one more, which finds what the first
+    one compiled.
+    """
     seconds = [server.first_token_s]
-    while server.side.kind != "vllm" and len(seconds) < options.point_rounds:
+    wanted = min(2, options.point_rounds) if server.side.kind == "vllm" else options.point_rounds
+    while len(seconds) < wanted:
         another = start(server.side, model, options.threads)
         seconds.append(another.first_token_s)
         another.end()

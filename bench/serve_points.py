@@ -47,18 +47,21 @@ class Points:
             samples=self.samples,
         )
 
-    def starts(self, seconds: dict[str, list[float]], cold: bool) -> None:
-        """From the start of a process until a client has the first token; {side: samples}."""
+    def starts(self, seconds: dict[str, list[float]]) -> None:
+        """From the start of a process until a client has the first token; {side: samples}.
+
+        The median of ours; vLLM's last, since what its first start compiles is found by the later ones.
+        """
         self.samples["start"] = seconds
+        peers = {side: values[-1] for side, values in seconds.items() if side.startswith("vLLM")}
         for side, values in seconds.items():
-            compiled = ", compiling for the first time" if cold and side.startswith("vLLM") else ""
-            peer = seconds.get(side.replace("heed", "vLLM"))
-            own = statistics.median(values)
-            if side.startswith("heed") and peer and side.replace("heed", "vLLM") in seconds:
-                ratio = own / statistics.median(peer)
+            took = peers.get(side, statistics.median(values))
+            own = side.startswith("heed")
+            self._row("start to first token", side, f"{took:.1f} s", "at most 6 s" if own else "", took <= 6)
+            peer = peers.get(side.replace("heed", "vLLM")) if own else None
+            if peer is not None:
+                ratio = took / peer
                 self._row("start to first token, of vLLM's", side, f"{ratio:.3f}", "at most 0.1", ratio <= 0.1)
-            asked = "at most 6 s" if side.startswith("heed") else ""
-            self._row("start to first token" + compiled, side, f"{own:.1f} s", asked, own <= 6)
 
     def interruption(self, servers: Sequence[Server]) -> None:
         """The p99 gap of 16 streams while a prompt of the longest allowed length arrives, against before."""

@@ -54,9 +54,9 @@ class Side:
         dtype = "float32" if self.dtype == "float32" else "bfloat16"
         shared = [folder, "--dtype", dtype, "--port", str(port), "--served-model-name", NAME]
         shared += ["--max-model-len", str(model.longest), "--max-num-seqs", str(SEATS)]
-        environment = {"OMP_NUM_THREADS": str(threads)}
         if self.kind == "vllm":
-            environment |= {
+            # It sets its workers' threads itself, by the cores that they are bound to.
+            environment = {
                 "VLLM_CPU_KVCACHE_SPACE": str(CACHE >> 30),
                 "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
                 "VLLM_CACHE_ROOT": str(peers.PEERS / "vllm-cache"),
@@ -65,7 +65,7 @@ class Side:
             }
             return [str(peers.vllm() / "vllm"), "serve", *shared, *self.flags], environment
         own = ["--kv-cache-memory-bytes", str(CACHE)]
-        return [sys.executable, "-m", "serve", *shared, *own, *self.flags], environment
+        return [sys.executable, "-m", "serve", *shared, *own, *self.flags], {"OMP_NUM_THREADS": str(threads)}
 
 
 SIDES = (
@@ -177,8 +177,8 @@ def start(side: Side, model: Model, threads: int, extra: Sequence[str] = ()) -> 
 
 
 def alone() -> dict[str, str]:
-    """The environment's variables for a program with packages of its own, which must not find ours."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """The environment's variables for a program with packages and threads of its own, which must not find ours."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
 
 
 def last_line(log: Path) -> str:
