@@ -1,19 +1,21 @@
 // Attention over the paged KV cache: one call a layer for everything that is in the step.
 //
-// Keys of a layer are [kv heads, blocks, dim, size], so that a register holds one dimension of neighbouring keys; values
-// are [kv heads, blocks, size, dim]. `size` is a multiple of 16; 16 neighbouring keys are a cell.
+// Keys of a layer are [kv heads, blocks, dim, size], so that a register holds one dimension of neighbouring keys;
+// values are [kv heads, blocks, size, dim]. `size` is a multiple of 16; 16 neighbouring keys are a cell.
 //
 // What a query gets is one fixed sequence of operations, whoever is computed beside it:
 //   a score            a chain of fma over the dimensions, in order
 //   its weight         online softmax over groups of 64 keys, counted from position 0 of the sequence
 //   an output number   a chain of fma over the keys, in order, rescaled once a group
-// A tile of queries shares the registers that hold keys and values. A key that one query of the tile does not see weighs
-// exactly 0 for it, and a group in which it sees none multiplies by exactly 1, so that nothing depends on the tile. Cells
-// that hold no token of the sequence are loaded beside others, and never used.
+// A tile of queries shares the registers that hold keys and values. A key that one query of the tile does not see
+// weighs exactly 0 for it, and a group in which it sees none multiplies by exactly 1: nothing depends on the tile.
+// Cells that hold no token of the sequence are loaded beside others, and never used.
 
 #include "common.h"
 
 #include <float.h>
+
+#define NOINLINE __attribute__((noinline))  // what is inlined into it gets all registers
 
 enum {
     CELL = 16,
@@ -74,7 +76,8 @@ static void write_part(const Step *step, const Layer *layer, const Part *part, i
         const char *v = (const char *)layer->v + (row * layer->v_stride + head * dim) * bytes;
         char *keys = (char *)layer->keys + (block * dim * size + offset) * bytes;
         char *values = (char *)layer->values + (block * size + offset) * dim * bytes;
-        for (int64_t i = 0; i < run; i++) memcpy(values + i * dim * bytes, v + i * layer->v_stride * bytes, dim * bytes);
+        for (int64_t i = 0; i < run; i++)
+            memcpy(values + i * dim * bytes, v + i * layer->v_stride * bytes, dim * bytes);
         for (int64_t d = 0; d < dim; d++)
             for (int64_t i = 0; i < run; i++) {
                 const int64_t to = d * size + i, from = i * layer->k_stride + d;
@@ -89,12 +92,13 @@ static void write_part(const Step *step, const Layer *layer, const Part *part, i
 
 // ---- the two products of a tile, in registers ----
 
-INLINE void fetch(const void *from, int64_t numbers, int is_bf16) {  // into the second cache; a line has 16 or 32 numbers
+// Into the second cache; a line has 16 numbers, or 32 of bf16.
+INLINE void fetch(const void *from, int64_t numbers, int is_bf16) {
     if (!is_bf16 || numbers % 32 == 0) __builtin_prefetch(at(from, numbers, is_bf16), 0, 2);
 }
 
-// scores[r][0 : columns * WIDTH] = q[r] . keys; q rows are `wide` apart, dimensions of a key `size`. Meanwhile the cells
-// `ahead`, one for each cell here, come nearer: blocks lie anywhere, and the processor does not guess where.
+// scores[r][0 : columns * WIDTH] = q[r] . keys; q rows are `wide` apart, dimensions of a key `size`. Meanwhile the
+// cells `ahead`, one for each cell here, come nearer: blocks lie anywhere, and the processor does not guess where.
 INLINE void dots(int rows, int columns, int is_bf16, const float *q, int64_t wide, int64_t dim, const void *const *keys,
                  int64_t size, float *scores, const void *const *ahead) {
     vf sums[TILE][COLUMNS];
@@ -179,15 +183,15 @@ INLINE void mix(int rows, int columns, int is_bf16, const float *weights, int64_
         case 4: OF_ROWS(CALL, (COLUMNS < 4 ? 1 : 4)) break; \
     }
 
-__attribute__((noinline)) static void dots_of(int rows, int columns, int is_bf16, const float *q, int64_t wide, int64_t dim,
-                    const void *const *keys, int64_t size, float *scores, const void *const *ahead) {
+NOINLINE static void dots_of(int rows, int columns, int is_bf16, const float *q, int64_t wide, int64_t dim,
+                             const void *const *keys, int64_t size, float *scores, const void *const *ahead) {
 #define DOTS(R, C, B) dots(R, C, B, q, wide, dim, keys, size, scores, ahead)
     OF_SIZE(DOTS)
 }
 
-__attribute__((noinline)) static void mix_of(int rows, int columns, int is_bf16, const float *weights, int64_t first, int64_t last,
-                   const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out, int64_t wide,
-                   const void *const *ahead, int64_t size) {
+NOINLINE static void mix_of(int rows, int columns, int is_bf16, const float *weights, int64_t first, int64_t last,
+                            const void *const *cells, int64_t d, int64_t dim, const float *scale, float *out,
+                            int64_t wide, const void *const *ahead, int64_t size) {
 #define MIX(R, C, B) mix(R, C, B, weights, first, last, cells, d, dim, scale, out, wide, ahead, size)
     OF_SIZE(MIX)
 }
@@ -195,7 +199,7 @@ __attribute__((noinline)) static void mix_of(int rows, int columns, int is_bf16,
 // ---- one part through one KV head ----
 
 typedef struct {
-    _Alignas(64) float q[PART_NUMBERS];    // [rows, wide], times the scale of scores and log2(e): weights are powers of 2
+    _Alignas(64) float q[PART_NUMBERS];  // [rows, wide], times the scale of scores and log2(e): weights are 2^score
     _Alignas(64) float out[PART_NUMBERS];  // [rows, wide]
     _Alignas(64) float keys[GROUP * MAX_DIM], values[GROUP * MAX_DIM];  // a group of bf16, widened for many tiles
     _Alignas(64) float weights[TILE * GROUP];
@@ -262,8 +266,8 @@ static void attend_tile(Work *work, int64_t row, int rows, int64_t base, int64_t
     }
     const int chunks = (int)(wide / WIDTH);
     for (int i = 0; i < chunks; i += most_columns)
-        mix_of(rows, (int)least(most_columns, chunks - i), is_bf16, work->weights, from, to, value_cells, i * WIDTH, dim, scale,
-               work->out + row * wide + i * WIDTH, wide, ahead, size);
+        mix_of(rows, (int)least(most_columns, chunks - i), is_bf16, work->weights, from, to, value_cells, i * WIDTH,
+               dim, scale, work->out + row * wide + i * WIDTH, wide, ahead, size);
 }
 
 // A group of bf16 as floats, in place of its cells: with many tiles it pays to convert once. An exact conversion.
@@ -320,8 +324,8 @@ static void attend_part(const Step *step, const Layer *layer, const Part *part, 
         const void *key_cells[GROUP / CELL], *value_cells[GROUP / CELL];
         const int cells = locate(step, layer, part, head, base, last, key_cells, value_cells);
         const void *ahead[GROUP / CELL], *unused[GROUP / CELL];
-        for (int i = tiles == 1 ? locate(step, layer, part, head, base + GROUP, last, ahead, unused) : 0; i < cells; i++)
-            ahead[i] = key_cells[i];
+        const int next = tiles == 1 ? locate(step, layer, part, head, base + GROUP, last, ahead, unused) : 0;
+        for (int i = next; i < cells; i++) ahead[i] = key_cells[i];
         const int widened = is_bf16 && tiles > 1;
         if (widened) widen(&work, key_cells, size, value_cells, cells, wide, dim);
         for (int64_t row = 0; row < rows; row += tile)

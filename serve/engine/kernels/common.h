@@ -14,7 +14,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(__aarch64__)  // unverified: has not run on such a processor
 #include <arm_neon.h>
 #endif
 
