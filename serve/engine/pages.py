@@ -53,7 +53,9 @@ class Pages:
     ) -> None:
         self.heads, self.kv_heads, self.dim, self.blocks, self.size = heads, kv_heads, dim, blocks, size
         self.dtype, self.device = dtype, torch.device(device)
-        self.kernels = best_kernels(heads // kv_heads, dim, size, dtype, self.device) if isinstance(kernels, str) else kernels
+        self.kernels = (
+            best_kernels(heads // kv_heads, dim, size, dtype, self.device) if isinstance(kernels, str) else kernels
+        )
         shape = (kv_heads, blocks, size, dim)
         transposed = (kv_heads, blocks, dim, size)
         self.values = [_zeros(shape, dtype, self.device) for _ in range(layers)]
