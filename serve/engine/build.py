@@ -171,8 +171,7 @@ def check_invariance(engine: Engine) -> None:
     if not (served and isinstance(runner, PagedRunner) and runner.pages.kernels is not None):
         raise SetupError(
             "--batch-invariant can be promised for decoder-only models on a CPU with the compiled kernels alone, in "
-            "float32, in bfloat16 where the CPU has instructions for it, or in int8, with a --block-size that is a "
-            "multiple of 16; leave it out."
+            "float32, bfloat16 or int8, with a --block-size that is a multiple of 16; leave it out."
         )
 
 

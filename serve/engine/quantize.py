@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lm.layers import RMSNorm
 from serve.engine.elementwise import pointer
 from serve.engine.kernels import Kernels
+from serve.engine.linears import Scratch
 
 LANES = 16  # a multiple of every variant's: the output channels of a block
 STEP = 4  # likewise: inputs that lie together
@@ -42,18 +43,6 @@ class Map(ctypes.Structure):
         ("fine", c_int64),
         ("eps", c_float),
     )
-
-
-class Scratch:
-    """Memory for the rounded rows of one product at a time; grows."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def at(self, bytes_: int) -> int:
-        if len(self._memory) < bytes_:
-            self._memory = torch.empty(bytes_, dtype=torch.uint8)
-        return self._memory.data_ptr()
 
 
 class Int8Linear:

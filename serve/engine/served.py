@@ -1,10 +1,10 @@
 """The decoder as it is served: lm's, with the matrices of its blocks fused, packed or int8, and few calls a layer.
 
-    norm | qkv | rotate | attend | o + residual | norm | gate and up | silu(gate) * up | down + residual
+    norm, qkv | rotate | attend | o + residual | norm, gate and up, silu(gate) * up | down + residual
 
-On a CPU with kernels each of these is one call, and in int8 a norm is part of the product after it. What a token gets
-does not depend on who else is in the batch, where `ServedLM.invariant` says so. lm's own `hidden`, `start` and `step`
-drive it, under any `attend`.
+On a CPU with kernels each of these is one call, and what a token gets does not depend on who else is in the batch
+(`ServedLM.invariant`). Without them torch computes the fused products and lm what stands between. lm's own `hidden`,
+`start` and `step` drive it, under any `attend`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from lm.attention import Attend
 from lm.config import DecoderConfig
 from lm.decoder import Block, DecoderLM
-from lm.linear import packing_is_usable
 from serve.engine import kernels as compiled
 from serve.engine.elementwise import Activation, Norm, Rotation, kernels_for, softcap
 from serve.engine.kernels import Kernels
-from serve.engine.linears import PackedLinear
-from serve.engine.quantize import Int8Linear, Scratch
+from serve.engine.linears import FusedLinear, PlainLinear, Scratch
+from serve.engine.quantize import Int8Linear
 
 Into = Callable[[Tensor], Tensor]  # x [N, width] -> [N, n]
 Onto = Callable[[Tensor, Tensor], Tensor]  # [N, n], residual [N, width] -> [N, width]
@@ -31,56 +30,51 @@ Onto = Callable[[Tensor, Tensor], Tensor]  # [N, n], residual [N, width] -> [N, 
 class ServedBlock(nn.Module):
     """One layer of lm's: the same forward, made of four maps with what stands around them."""
 
-    def __init__(self, block: Block, config: DecoderConfig, kernels: Kernels | None, scratch: Scratch | None):
-        """scratch: of the int8 products; None: the block's dtype stays."""
+    def __init__(self, block: Block, config: DecoderConfig, kernels: Kernels | None, scratch: Scratch, int8: bool):
         super().__init__()
-        self.layer, self.pads = block.layer, scratch is None
+        self.layer = block.layer
         self.parts = [config.heads, config.kv, config.kv]
         self.dim = config.dim
         self.rotate = Rotation(block.self_attn, config.heads, config.kv, block.rotates, kernels)
         self.qkv, self.o, self.inner, self.down = (
-            _float_maps(block, config, kernels)
-            if scratch is None or kernels is None
-            else _int8_maps(block, config, kernels, scratch)
+            _plain_maps(block, config) if kernels is None else _fused_maps(block, config, kernels, scratch, int8)
         )
 
     def forward(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
         """As lm.decoder.Block: x [..., width], contiguous; table [..., 2, D] or None."""
         shape = x.shape
         x = x.view(-1, shape[-1])
-        rows = len(x)
-        if pads := rows == 1 and self.pads:
-            x = torch.cat((x, x))  # what PackedLinear would do for each of the four
-        qkv = self.qkv(x)[:rows]
+        qkv = self.qkv(x)
         self.rotate(qkv, table)
         q, k, v = qkv.view(*shape[:-1], sum(self.parts), self.dim).split(self.parts, dim=-2)
-        mixed = attend(self.layer, q, k, v).reshape(rows, -1)
-        x = self.o(torch.cat((mixed, mixed)) if pads else mixed, x)
-        return self.down(self.inner(x), x)[:rows].view(shape)
+        x = self.o(attend(self.layer, q, k, v).reshape(len(x), -1), x)
+        return self.down(self.inner(x), x).view(shape)
 
 
-def _float_maps(block: Block, config: DecoderConfig, kernels: Kernels | None) -> tuple[Into, Onto, Into, Onto]:
-    before, after = Norm(block.input_layernorm, kernels), Norm(block.post_attention_layernorm, kernels)
-    qkv, o, up, down = (PackedLinear(*_tensors(maps)) for maps in _maps(block, config))
-    activation = Activation(config.activation, config.inner, kernels)
+def _plain_maps(block: Block, config: DecoderConfig) -> tuple[Into, Onto, Into, Onto]:
+    before, after = Norm(block.input_layernorm, None), Norm(block.post_attention_layernorm, None)
+    qkv, o, up, down = (PlainLinear(*_tensors(maps)) for maps in _maps(block, config))
+    activation = Activation(config.activation, config.inner, None)
     return lambda x: qkv(before(x)), o, lambda x: activation(up(after(x))), down
 
 
-def _int8_maps(
-    block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch
+def _fused_maps(
+    block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch, int8: bool
 ) -> tuple[Into, Onto, Into, Onto]:
     def made(
-        maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False, fine: bool = False
-    ) -> Int8Linear:
+        maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False, fine: bool = True
+    ) -> FusedLinear | Int8Linear:
         weights, biases = _tensors(maps)
-        return Int8Linear(weights, biases, kernels, scratch, norm=norm, gated=gated, fine=fine)
+        if int8:
+            return Int8Linear(weights, biases, kernels, scratch, norm=norm, gated=gated, fine=fine)
+        return FusedLinear(weights, biases, kernels, scratch, norm=norm, gated=gated)
 
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
     if config.activation == "swiglu":
-        return made(qkv, before, fine=True), made(o), made(up, after, gated=True, fine=True), made(down, fine=True)
-    inner, activation = made(up, after, fine=True), Activation(config.activation, config.inner, kernels)
-    return made(qkv, before, fine=True), made(o), lambda x: activation(inner(x)), made(down, fine=True)
+        return made(qkv, before), made(o, fine=False), made(up, after, gated=True), made(down)
+    inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
+    return made(qkv, before), made(o, fine=False), lambda x: activation(inner(x)), made(down)
 
 
 def _maps(block: Block, config: DecoderConfig) -> tuple[list[nn.Linear], ...]:
@@ -106,8 +100,8 @@ class ServedLM(DecoderLM):
         config, weight = model.config, model.embed_tokens.weight
         self.config, self.recompute = config, False
         self.kernels = kernels_for(weight.dtype, weight.device, compiled.current())
-        scratch = Scratch() if quantization == "int8" else None
-        self.invariant = self.kernels is not None and (scratch is not None or packing_is_usable(weight.dtype))
+        self.invariant = self.kernels is not None
+        scratch, int8 = Scratch(), quantization == "int8"
         self.embed_tokens = model.embed_tokens
         if config.positions == "learned":
             self.embed_positions = model.embed_positions
@@ -115,18 +109,20 @@ class ServedLM(DecoderLM):
         head = [model.output_weight]
         if not config.tie_embeddings:
             del model.lm_head
-        self.head = (
-            PackedLinear(head)
-            if scratch is None or self.kernels is None
-            else Int8Linear(head, (), self.kernels, scratch, fine=True, out=torch.float32)
-        )
+        self.head: Into
+        if self.kernels is None:
+            self.head = PlainLinear(head)
+        elif int8:
+            self.head = Int8Linear(head, (), self.kernels, scratch, out=torch.float32, fine=True)
+        else:
+            self.head = FusedLinear(head, (), self.kernels, scratch, out=torch.float32)
         self.norm = Norm(model.norm, self.kernels)
         self.layers = nn.ModuleList()
         blocks, model.layers = list(model.layers), nn.ModuleList()
         while blocks:
             block = blocks.pop(0)
             assert isinstance(block, Block)
-            self.layers.append(ServedBlock(block, config, self.kernels, scratch))
+            self.layers.append(ServedBlock(block, config, self.kernels, scratch, int8))
         self.eval()
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "heed_rotate": (POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT, INT, FLOAT, INT),
     "heed_activate": (POINTER, POINTER, INT, INT, INT, INT),  # x, out, rows, inner, kind, is_bf16
     "heed_softcap": (POINTER, INT, FLOAT),  # x, count, cap
+    "heed_pack": (POINTER, INT, INT, INT, POINTER, INT, INT),  # matrix, outputs, inputs, is_bf16, packed, first, apart
+    # FloatMap (linears.py), x, residual, out, rows, scratch
+    "heed_linear": (POINTER, POINTER, POINTER, POINTER, INT, POINTER),
     # matrix, outputs, inputs, is_bf16, packed, scales, first, apart
     "heed_int8_pack": (POINTER, INT, INT, INT, POINTER, POINTER, INT, INT),
     # Map (quantize.py), x, residual, out, rows, scratch, x_is_bf16, out_is_bf16

@@ -1,66 +1,116 @@
-"""Packed products: right, and a row's bits are its own whoever shares the product; so too on a CPU with AVX2 alone."""
+"""Fused products: right, and a row's bits are its own whoever shares the product, with every instruction set."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lm.linear import packing_is_usable
-from serve.engine.linears import PackedLinear
+from lm.layers import RMSNorm
+from serve.engine.kernels import Kernels
+from serve.engine.kernels.library import NEEDS, load
+from serve.engine.linears import FusedLinear, PlainLinear, Scratch
 
-ROWS = (1, 2, 3, 5, 7, 8, 16, 17, 33, 64, 100)
-SIZES = (
-    (96, 64),
-    (33, 77),
-    (64, 2048),
-    (512, 48),
-)  # outputs, inputs; of 2,048 inputs one row alone is summed otherwise
+VARIANTS = [kernels for variant in NEEDS if (kernels := load(variant)) is not None]
+NAMES = [kernels.variant for kernels in VARIANTS]
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 16, 33, 64, 100)
+SIZES = ((96, 64), (33, 77), (64, 2048), (512, 48), (16, 1))  # outputs, inputs
+
+kernels_and_dtypes = pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [(kernels, dtype) for kernels in VARIANTS for dtype in (torch.float32, torch.bfloat16)],
+    ids=lambda value: value.variant if isinstance(value, Kernels) else str(value).removeprefix("torch."),
+)
 
 
-def unequal(dtype: torch.dtype) -> list[str]:
-    """Products in which a row has other bits than among all the others."""
+@kernels_and_dtypes
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+def test_a_row_is_the_same_in_any_company(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> None:
     torch.manual_seed(0)
-    found = []
-    for outputs, inputs in SIZES:
-        linear = PackedLinear([torch.randn(outputs, inputs, dtype=dtype)], [torch.randn(outputs, dtype=dtype)])
-        x, residual = torch.randn(128, inputs, dtype=dtype), torch.randn(128, outputs, dtype=dtype)
-        for other in (None, residual):
-            whole = linear(x, other)
-            for rows in ROWS:
-                at = slice(rows % 20, rows % 20 + rows)
-                if not torch.equal(linear(x[at], None if other is None else other[at]), whole[at]):
-                    found.append(f"{dtype} {outputs} x {inputs}, {rows} rows, residual: {other is not None}")
-    return found
+    weights, biases = [torch.randn(outputs, inputs, dtype=dtype)], [torch.randn(outputs, dtype=dtype)]
+    linear = FusedLinear(weights, biases, kernels, Scratch())
+    x, residual = torch.randn(128, inputs, dtype=dtype), torch.randn(128, outputs, dtype=dtype)
+    for other in (None, residual):
+        whole = linear(x, other)
+        for rows in ROWS:
+            at = slice(rows % 20, rows % 20 + rows)
+            assert torch.equal(linear(x[at], None if other is None else other[at]), whole[at])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_in_any_company(dtype: torch.dtype) -> None:
-    if not packing_is_usable(dtype):
-        pytest.skip("this CPU has no instructions for bfloat16")
-    assert unequal(dtype) == []
+@kernels_and_dtypes
+def test_a_row_is_the_same_on_any_number_of_threads(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    linear = FusedLinear([torch.randn(530, 130, dtype=dtype)], (), kernels, Scratch())
+    x, before = torch.randn(9, 130, dtype=dtype), torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers.append(linear(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
 
 
-def test_so_it_is_with_avx2_alone() -> None:
-    code = "from tests.serve.engine.test_linears import *\n"
-    code += "print(unequal(torch.float32), packing_is_usable(torch.bfloat16))"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[] False", done.stderr
+def right(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.double() @ torch.cat(weights).double().T + torch.cat(biases).double()
+
+
+def some(
+    dtype: torch.dtype, rows: int, outputs: tuple[int, ...], inputs: int = 21
+) -> tuple[list, list, Tensor, Tensor]:
+    torch.manual_seed(1)
+    weights = [torch.randn(n, inputs, dtype=dtype) for n in outputs]
+    biases = [torch.randn(n, dtype=dtype) for n in outputs]
+    return weights, biases, torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, sum(outputs), dtype=dtype)
+
+
+@kernels_and_dtypes
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_maps_of_one_x_are_one_product(kernels: Kernels, dtype: torch.dtype, rows: int) -> None:
+    weights, biases, x, residual = some(dtype, rows, (7, 3, 9))
+    linear = FusedLinear(weights, biases, kernels, Scratch())
+    expected = right(x, weights, biases)
+    torch.testing.assert_close(linear(x).double(), expected, rtol=NEAR[dtype], atol=10 * NEAR[dtype])
+    torch.testing.assert_close(
+        linear(x, residual).double(), expected + residual, rtol=NEAR[dtype], atol=10 * NEAR[dtype]
+    )
+    exact = FusedLinear(weights, biases, kernels, Scratch(), out=torch.float32)(x)
+    assert exact.dtype is torch.float32
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@kernels_and_dtypes
+@pytest.mark.parametrize("norm", [RMSNorm(21, 1e-5), nn.LayerNorm(21), nn.LayerNorm(21, bias=False)])
+def test_rows_are_normed_first(kernels: Kernels, dtype: torch.dtype, norm: nn.Module) -> None:
+    weights, biases, x, _ = some(dtype, 7, (20,))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(21))
+        expected = right(norm(x.float()), weights, biases)
+    found = FusedLinear(weights, biases, kernels, Scratch(), norm=norm)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=NEAR[dtype], atol=20 * NEAR[dtype])
+
+
+@kernels_and_dtypes
+@pytest.mark.parametrize("inner", [5, 16, 70])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gate_and_up_become_one_answer(kernels: Kernels, dtype: torch.dtype, inner: int, biased: bool) -> None:
+    weights, biases, x, _ = some(dtype, 7, (inner, inner))
+    gate, up = right(x, weights, biases if biased else [torch.zeros(2 * inner)]).split(inner, dim=1)
+    found = FusedLinear(weights, biases if biased else (), kernels, Scratch(), gated=True)(x)
+    torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=NEAR[dtype], atol=20 * NEAR[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_maps_of_one_x_are_one_product(dtype: torch.dtype, rows: int) -> None:
-    torch.manual_seed(1)
-    weights = [torch.randn(n, 20, dtype=dtype) for n in (7, 3, 9)]
-    biases = [torch.randn(n, dtype=dtype) for n in (7, 3, 9)]
-    x, residual = torch.randn(rows, 20, dtype=dtype), torch.randn(rows, 19, dtype=dtype)
-    right = x.double() @ torch.cat(weights).double().T + torch.cat(biases).double()
-    linear = PackedLinear(weights, biases)
-    off = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    torch.testing.assert_close(linear(x).double(), right, rtol=off, atol=10 * off)
-    torch.testing.assert_close(linear(x, residual).double(), right + residual, rtol=off, atol=10 * off)
+def test_torch_multiplies_where_there_are_no_kernels(dtype: torch.dtype, rows: int) -> None:
+    weights, biases, x, residual = some(dtype, rows, (7, 3, 9))
+    linear, expected = PlainLinear(weights, biases), right(x, weights, biases)
+    torch.testing.assert_close(linear(x).double(), expected, rtol=NEAR[dtype], atol=10 * NEAR[dtype])
+    torch.testing.assert_close(
+        linear(x, residual).double(), expected + residual, rtol=NEAR[dtype], atol=10 * NEAR[dtype]
+    )

@@ -1,0 +1,218 @@
+// Products of float or bf16 weights with rows, for any number of rows, with what stands before and after them in the
+// same call: the norm of the rows, bias, silu(gate) * up, residual.
+//
+// A number of the answer is one chain of multiply-adds over the inputs, in order (of bf16 on AVX512 over pairs of them,
+// as the processor's own instruction adds a pair), so that a row has the same bits whoever shares the product.
+//
+// Decoding few rows reads each weight once and multiplies it a few times: memory is the limit, so the weights lie as
+// they are read. Layout: blocks of WIDTH output channels; of each block, STEP inputs of every channel together, then the
+// next STEP.
+
+#include <omp.h>
+
+#include "rows.h"
+
+#if defined(__AVX512BF16__)
+#define PAIRS 1    // two bf16 inputs are multiplied and added by one instruction
+#else
+#define PAIRS 0    // bf16 weights are widened as they are read, and rows are floats
+#endif
+#define ROWS 6     // a tile is up to ROWS rows x VECTORS blocks of sums in registers
+#if WIDTH == 16
+#define VECTORS 4
+#else
+#define VECTORS 2
+#endif
+#define LINE 64         // bytes of a cache line
+#define NEAR (256 << 10)  // bytes of weights up to which the next ones fit a near cache beside them
+
+INLINE int64_t step_of(int is_bf16) { return is_bf16 && PAIRS ? 2 : 1; }
+INLINE int64_t steps_of(int64_t inputs, int is_bf16) { return (inputs + step_of(is_bf16) - 1) / step_of(is_bf16); }
+INLINE int64_t bytes_of_step(int is_bf16) { return WIDTH * step_of(is_bf16) * (is_bf16 ? 2 : 4); }  // of one block
+INLINE int rows_are_bf16(int is_bf16) { return is_bf16 && PAIRS; }
+
+// matrix [outputs, inputs] -> blocks `first`, `first + apart`, ... of packed
+API void heed_pack(const void *matrix, int64_t outputs, int64_t inputs, int64_t is_bf16, void *packed, int64_t first,
+                   int64_t apart) {
+    const int64_t step = step_of(is_bf16 != 0), steps = steps_of(inputs, is_bf16 != 0);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < (outputs + WIDTH - 1) / WIDTH; b++) {
+        char *block = (char *)packed + (first + b * apart) * steps * bytes_of_step(is_bf16 != 0);
+        memset(block, 0, steps * bytes_of_step(is_bf16 != 0));
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t lane = 0; lane < smaller(WIDTH, outputs - b * WIDTH); lane++) {
+                const int64_t from = (b * WIDTH + lane) * inputs + i, to = (i / step * WIDTH + lane) * step + i % step;
+                if (is_bf16) ((bf16 *)block)[to] = ((const bf16 *)matrix)[from];
+                else ((float *)block)[to] = ((const float *)matrix)[from];
+            }
+    }
+}
+
+typedef struct {  // serve/engine/linears.py has the same
+    const void *weight;
+    const float *bias;         // [outputs], or of a gated map [gate | up]; NULL: none
+    const float *norm_weight;  // [inputs]; NULL: the rows are taken as they are
+    const float *norm_bias;    // [inputs], or NULL
+    int64_t inputs, outputs;   // outputs of a gated map: of its half
+    int64_t gated;             // blocks of gate and up alternate, and the output is silu(gate) * up
+    int64_t centred;           // the norm is LayerNorm
+    int64_t is_bf16;           // weights, x and residual; else float
+    int64_t out_is_bf16;
+    float eps;
+} FloatMap;
+
+// A row as it is multiplied: normed, in its type, with zeros up to a whole step.
+static void prepare_row(const FloatMap *map, const void *x, void *to, int64_t row, int is_bf16) {
+    const int64_t inputs = map->inputs, padded = steps_of(inputs, is_bf16) * step_of(is_bf16);
+    const int narrow = rows_are_bf16(is_bf16);
+    const void *from = (const char *)x + row * inputs * (is_bf16 ? 2 : 4);
+    void *numbers = (char *)to + row * padded * (narrow ? 2 : 4);
+    Moments m = {0, 1};
+    if (map->norm_weight)
+        m = map->centred ? moments(from, inputs, map->eps, 1, is_bf16) : moments(from, inputs, map->eps, 0, is_bf16);
+    for (int64_t i = 0; i < inputs; i += WIDTH) {
+        const int64_t n = inputs - i;
+        vf value = load_some(from, i, n, is_bf16);
+        if (map->norm_weight) value = normed(value, m, map->norm_weight, map->norm_bias, i, n);
+        store_some(numbers, i, n, value, narrow);
+    }
+    for (int64_t i = inputs; i < padded; i++) write_any(numbers, i, 0, narrow);
+}
+
+INLINE vf weights_at(const char *block, int64_t step, int is_bf16) {  // of one step: what dot multiplies
+    block += step * bytes_of_step(is_bf16);
+    return is_bf16 && !PAIRS ? load_bf16((const bf16 *)block) : load((const float *)block);
+}
+
+INLINE vf numbers_at(const char *row, int64_t step) {  // a row's step (4 bytes: a float, or a pair of bf16) in all lanes
+    int32_t bits;
+    memcpy(&bits, row + 4 * step, sizeof bits);
+    return (vf)splat_int(bits);
+}
+
+INLINE vf dot(vf weights, vf numbers, vf acc, int is_bf16) {
+#if PAIRS
+    if (is_bf16) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)numbers);
+#endif
+    return fma_(weights, numbers, acc);
+}
+
+// The sums of one tile, `rows` rows by `vectors` blocks; both, and the type, are constants where it is inlined.
+// Meanwhile what lies `ahead`, `lines` of 64 bytes a step, comes into a near cache.
+INLINE void sum_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
+                     vf sums[ROWS][VECTORS], const char *ahead, int lines) {
+    const int64_t apart = steps * bytes_of_step(is_bf16);
+    vf acc[ROWS][VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) acc[r][v] = splat(0);
+    for (int64_t step = 0; step < steps; step++) {
+        vf w[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) w[v] = weights_at(weight + v * apart, step, is_bf16);
+        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (step * lines + i) * LINE, 0, 2);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const vf x = numbers_at(numbers + r * steps * 4, step);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[r][v] = dot(w[v], x, acc[r][v], is_bf16);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sums[r][v] = acc[r][v];
+}
+
+static void sum_any_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
+                         vf sums[ROWS][VECTORS], const char *ahead, int lines) {
+#define TILE(R, V, B)                                                       \
+    case ((R) * 8 + (V)) * 2 + (B):                                         \
+        sum_tile(weight, numbers, steps, R, V, B, sums, ahead, lines);      \
+        return;
+#define TILES(V, B) TILE(1, V, B) TILE(2, V, B) TILE(3, V, B) TILE(4, V, B) TILE(5, V, B) TILE(6, V, B)
+    switch ((rows * 8 + vectors) * 2 + is_bf16) {
+        TILES(1, 0)
+        TILES(1, 1)
+        TILES(2, 0)
+        TILES(2, 1)
+#if VECTORS == 4
+        TILES(4, 0)
+        TILES(4, 1)
+#endif
+    }
+#undef TILES
+#undef TILE
+}
+
+// From the sums of one tile to the output: bias, silu(gate) * up, residual.
+static void finish_tile(const FloatMap *map, vf sums[ROWS][VECTORS], const void *residual, void *out, int64_t row,
+                        int rows, int64_t block, int vectors) {
+    const int64_t outputs = map->outputs;
+    for (int r = 0; r < rows; r++) {
+        vf gate = splat(0);
+        for (int v = 0; v < vectors; v++) {
+            const int64_t b = block + v, place = map->gated ? b / 2 : b, up = map->gated && b % 2;
+            const int64_t channel = place * WIDTH, n = outputs - channel, at = (row + r) * outputs + channel;
+            vf y = sums[r][v];
+            if (map->bias) y += load_some(map->bias, (up ? outputs : 0) + channel, n, 0);
+            if (map->gated && !up) {
+                gate = silu(y);
+                continue;
+            }
+            if (up) y *= gate;
+            if (residual) y += load_some(residual, at, n, map->is_bf16 != 0);
+            store_some(out, at, n, y, map->out_is_bf16 != 0);
+        }
+    }
+}
+
+// Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass; while those after
+// the first few pass, which waited for the weights, the next few blocks are fetched.
+static void blocks(const FloatMap *map, const char *numbers, const void *residual, void *out, int64_t rows, int64_t block,
+                   int64_t end) {
+    const int is_bf16 = map->is_bf16 != 0;
+    const int64_t steps = steps_of(map->inputs, is_bf16), tiles = (rows + ROWS - 1) / ROWS;
+    vf sums[ROWS][VECTORS];
+    while (block < end) {
+        const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
+        const char *weight = (const char *)map->weight + block * steps * bytes_of_step(is_bf16);
+        const int64_t size = vectors * steps * bytes_of_step(is_bf16);
+        const int64_t part = tiles > 1 && size <= NEAR ? (size + tiles - 2) / (tiles - 1) : 0;  // bytes a tile
+        const int lines = (int)((part + steps * LINE - 1) / (steps * LINE));                     // and a step of it
+        for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+            const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
+            const int64_t from = (tile - 1) * lines * steps * LINE;
+            const int fetching = tile > 0 && from < size && block + vectors < end;
+            sum_any_tile(weight, numbers + row * steps * 4, steps, count, vectors, is_bf16, sums, weight + size + from,
+                         fetching ? lines : 0);
+            finish_tile(map, sums, residual, out, row, count, block, vectors);
+            row += count;
+        }
+        block += vectors;
+    }
+}
+
+// x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs]). scratch: rows * (inputs + 1) * 4 bytes.
+API void heed_linear(const FloatMap *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch) {
+    const int is_bf16 = map->is_bf16 != 0;
+    const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
+    // Rows that lie as they are multiplied are read where they are.
+    const int as_they_are =
+        !map->norm_weight && is_bf16 == rows_are_bf16(is_bf16) && map->inputs % step_of(is_bf16) == 0;
+#pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
+    {
+        if (!as_they_are) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) {
+                if (is_bf16) prepare_row(map, x, scratch, row, 1);
+                else prepare_row(map, x, scratch, row, 0);
+            }
+        }
+        // All rows are prepared here. Each thread has an even part of the blocks.
+        const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+        blocks(map, as_they_are ? x : scratch, residual, out, rows, units * me / threads * unit,
+               units * (me + 1) / threads * unit);
+    }
+}
