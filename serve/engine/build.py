@@ -150,8 +150,7 @@ def prepare(model: Any, config: EngineConfig, device: str) -> tuple[Any, str | N
     """The model as it is served, and a sentence where that is not as fast as it could be."""
     whole = in_rows(model)
     if config.quantization is not None:
-        widest = 0 if whole else max(model.config.width, model.config.inner, model.config.heads * model.config.dim)
-        if refused := refusal(device, kernels.current(), whole=whole, inputs=widest):
+        if refused := refusal(device, kernels.current(), whole=whole):
             raise SetupError(refused)
     if device != "cpu" or whole:
         return model, None

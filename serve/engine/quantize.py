@@ -1,11 +1,11 @@
-"""int8: weights rounded once, a scale for each output channel; rows as they come, a scale for each row.
+"""int8: weights rounded once, a scale for each output channel; rows as they come, a scale for each 32 inputs of a row.
 
-    y[n, o] = s_n t_o sum_i x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
+    y[n, o] = t_o sum_p s_np sum_(i in piece p) x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
 
-The sum is exact in int32, so a row's answer has the same bits whoever shares the product, with any number of rows; and
-since no scale spans two rows, nobody's answer depends on a neighbour. Rows have a few large numbers, and 8 bits for the
-others harm the answer, everywhere but behind attention: there rows are rounded to 16 bits and multiplied as two halves,
-which reads the weights no more often. kernels/int8.c does it, with all that stands around the product in one call.
+The sum of a piece is exact in int32 and the pieces are added in order, so a row's answer has the same bits whoever shares
+the product; and since no scale spans two rows, nobody's answer depends on a neighbour. A row has a few large numbers;
+with one scale for all of it the others would be left with too few steps. kernels/int8.c does it, with all that stands
+around the product in one call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from serve.engine.linears import Scratch
 
 LANES = 16  # a multiple of every variant's: the output channels of a block
 STEP = 4  # likewise: inputs that lie together
-MOST_INPUTS = 65536  # up to which no sum overflows
+PIECE = 32  # inputs of a row that share a scale
 
 
 class Map(ctypes.Structure):
@@ -40,7 +40,6 @@ class Map(ctypes.Structure):
         ("outputs", c_int64),
         ("gated", c_int64),
         ("centred", c_int64),
-        ("fine", c_int64),
         ("eps", c_float),
     )
 
@@ -60,17 +59,15 @@ class Int8Linear:
         *,
         norm: nn.Module | None = None,
         gated: bool = False,
-        fine: bool = False,
         out: torch.dtype | None = None,
     ) -> None:
         """weights [out_i, in]; biases [out_i], all or none; norm: of x, before it is rounded; gated: the weights are
-        those of gate and up, and the answer is silu(gate) * up; fine: rows are rounded to 16 bits, which costs
-        multiplications but no memory; out: the answer's dtype, by default the weights'.
+        those of gate and up, and the answer is silu(gate) * up; out: the answer's dtype, by default the weights'.
         """
         self.inputs = weights[0].shape[1]
         self.outputs = len(weights[0]) if gated else sum(map(len, weights))
         self._out = out or weights[0].dtype
-        self._bytes = (2 * self.inputs + 16) * (2 if fine else 1)
+        self._bytes = 2 * (self.inputs + STEP) + 8 * -(-self.inputs // PIECE)
         self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
         # Gate and up alternate block by block, so that both are at hand for the answer.
         matrices = [weight.detach() for weight in weights]
@@ -106,7 +103,6 @@ class Int8Linear:
             outputs=self.outputs,
             gated=gated,
             centred=isinstance(norm, nn.LayerNorm),
-            fine=fine,
             eps=0.0 if norm is None else norm.eps,
         )
         self._at = ctypes.addressof(self._map)
@@ -121,17 +117,15 @@ class Int8Linear:
             pointer(residual),
             out.data_ptr(),
             rows,
-            self._scratch.at(rows * self._bytes + 64),
+            self._scratch.at(rows * self._bytes),
             x.dtype is torch.bfloat16,
             self._out is torch.bfloat16,
         )
         return out
 
 
-def refusal(device: str, kernels: Kernels | None, *, whole: bool, inputs: int = 0) -> str | None:
-    """Why --quantization int8 is not to be had: one sentence, or None. whole: the model reads its prompt as a whole;
-    inputs: of its widest matrix.
-    """
+def refusal(device: str, kernels: Kernels | None, *, whole: bool) -> str | None:
+    """Why --quantization int8 is not to be had: one sentence, or None. whole: the model reads its prompt as a whole."""
     if whole:
         return "--quantization int8 is for decoder-only models; leave it out for this one."
     if device != "cpu":
@@ -139,11 +133,6 @@ def refusal(device: str, kernels: Kernels | None, *, whole: bool, inputs: int = 
     if kernels is None or kernels.variant == "portable":
         return (
             "--quantization int8 would be slower here: it needs the compiled kernels and a CPU with AVX2 or better; "
-            "leave it out."
-        )
-    if inputs > MOST_INPUTS:
-        return (
-            f"--quantization int8 takes matrices of at most {MOST_INPUTS} inputs, and this model has one of {inputs}; "
             "leave it out."
         )
     return None

@@ -61,20 +61,18 @@ def _plain_maps(block: Block, config: DecoderConfig) -> tuple[Into, Onto, Into, 
 def _fused_maps(
     block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch, int8: bool
 ) -> tuple[Into, Onto, Into, Onto]:
-    def made(
-        maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False, fine: bool = True
-    ) -> FusedLinear | Int8Linear:
+    def made(maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False) -> FusedLinear | Int8Linear:
         weights, biases = _tensors(maps)
         if int8:
-            return Int8Linear(weights, biases, kernels, scratch, norm=norm, gated=gated, fine=fine)
+            return Int8Linear(weights, biases, kernels, scratch, norm=norm, gated=gated)
         return FusedLinear(weights, biases, kernels, scratch, norm=norm, gated=gated)
 
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
     if config.activation == "swiglu":
-        return made(qkv, before), made(o, fine=False), made(up, after, gated=True), made(down)
+        return made(qkv, before), made(o), made(up, after, gated=True), made(down)
     inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
-    return made(qkv, before), made(o, fine=False), lambda x: activation(inner(x)), made(down)
+    return made(qkv, before), made(o), lambda x: activation(inner(x)), made(down)
 
 
 def _maps(block: Block, config: DecoderConfig) -> tuple[list[nn.Linear], ...]:
@@ -113,7 +111,7 @@ class ServedLM(DecoderLM):
         if self.kernels is None:
             self.head = PlainLinear(head)
         elif int8:
-            self.head = Int8Linear(head, (), self.kernels, scratch, out=torch.float32, fine=True)
+            self.head = Int8Linear(head, (), self.kernels, scratch, out=torch.float32)
         else:
             self.head = FusedLinear(head, (), self.kernels, scratch, out=torch.float32)
         self.norm = Norm(model.norm, self.kernels)

@@ -1,5 +1,6 @@
-// Products of int8 weights with int8 rows, exact in int32: symmetric scales, of the weights one an output channel, of
-// the rows one each (absmax / 127), so that a row's answer knows nothing of its neighbours.
+// Products of int8 weights with int8 rows: symmetric scales (absmax / 127), of the weights one an output channel, of a
+// row one for each PIECE of its inputs, so that a row's answer knows nothing of its neighbours, and its few large numbers
+// cost those far from them nothing. The sum of a piece is exact in int32; the pieces are added as floats, in order.
 //
 // Decoding few rows reads each weight once and multiplies it a few times: memory is the limit, so the weights lie as
 // they are read, and everything around the product is done in the same call: the norm and the rounding of the rows
@@ -26,8 +27,9 @@ typedef int8_t weight_t;
 #endif
 typedef number vn __attribute__((vector_size(WIDTH * sizeof(number))));
 typedef weight_t vw __attribute__((vector_size(WIDTH * sizeof(weight_t))));
-#define ROWS 6
+#define ROWS 3                // sums of a piece and sums so far share the registers
 #define GROUP (WIDTH * STEP)  // weights of one block and step
+#define PIECE 32              // inputs; a multiple of STEP and of WIDTH
 
 INLINE int64_t steps_of(int64_t inputs) { return (inputs + STEP - 1) / STEP; }
 
@@ -102,15 +104,15 @@ typedef struct {  // serve/engine/quantize.py has the same
     int64_t inputs, outputs;   // outputs of a gated map: of its half
     int64_t gated;             // blocks of gate and up alternate, and the output is silu(gate) * up
     int64_t centred;           // the norm is LayerNorm
-    int64_t fine;              // rows are rounded to 16 bits, 256 high + low, and each half is multiplied: for maps
-                               // that 8 bits of their rows harm. Reading the weights costs the same.
     float eps;
 } Map;
 
+INLINE int64_t pieces_of(int64_t inputs) { return (inputs + PIECE - 1) / PIECE; }
+
 typedef struct {
-    number *numbers;  // [rows, halves, steps * STEP]; halves is 2 of a fine map, high and low, else 1
-    float *scales;    // [rows]
-    int32_t *sums;    // [rows, halves], of the numbers
+    number *numbers;  // [rows, steps * STEP]
+    float *scales;    // [rows, pieces]
+    int32_t *starts;  // [rows, pieces]: -OFFSET * the sum of the piece's numbers, where its products begin
 } Rounded;
 
 INLINE int32_t add_lanes(vi x) {
@@ -126,65 +128,79 @@ INLINE vf read_row(const Map *map, const void *x, Moments m, int64_t i, int is_b
 }
 
 INLINE void round_row(const Map *map, const void *x, Rounded to, int64_t row, int is_bf16) {
-    const int64_t inputs = map->inputs, padded = steps_of(inputs) * STEP;
+    const int64_t inputs = map->inputs, padded = steps_of(inputs) * STEP, pieces = pieces_of(inputs);
     Moments m = {0, 1};
     if (map->norm_weight)
         m = map->centred ? moments(x, inputs, map->eps, 1, is_bf16) : moments(x, inputs, map->eps, 0, is_bf16);
-    vf most = splat(0), poison = splat(0);
-    for (int64_t i = 0; i < inputs; i += WIDTH) {
-        vf value = read_row(map, x, m, i, is_bf16);
-        most = max_(most, abs_(value));
-        poison = fma_(value, splat(0), poison);  // stays 0 unless a value is infinite or no number
-    }
-    const float largest = max_lanes(most), range = map->fine ? 127 * 256 : 127;
-    const float inverse = largest < LEAST ? 0 : range / largest;
-    to.scales[row] = (largest < LEAST ? 0 : largest / range) + sum_lanes(poison);
-    const int64_t halves = map->fine ? 2 : 1;
-    number *numbers = to.numbers + row * halves * padded;
-    vi sum = splat_int(0), low_sum = splat_int(0);
-    for (int64_t i = 0; i < inputs; i += WIDTH) {
-        const size_t bytes = smaller(WIDTH, padded - i) * sizeof(number);
-        vi q = rounded(read_row(map, x, m, i, is_bf16) * inverse);
-        if (map->fine) {
-            vi high = (q + 128) >> 8, low = q - high * 256;
-            vn narrow = __builtin_convertvector(low, vn);
-            memcpy(numbers + padded + i, &narrow, bytes);
-            low_sum += low;
-            q = high;
+    number *numbers = to.numbers + row * padded;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t from = piece * PIECE, end = smaller(inputs, from + PIECE);
+        vf values[PIECE / WIDTH], most = splat(0), poison = splat(0);
+        for (int64_t i = from, k = 0; i < end; i += WIDTH, k++) {
+            values[k] = read_row(map, x, m, i, is_bf16);
+            most = max_(most, abs_(values[k]));
+            poison = fma_(values[k], splat(0), poison);  // stays 0 unless a value is infinite or no number
         }
-        vn narrow = __builtin_convertvector(q, vn);
-        memcpy(numbers + i, &narrow, bytes);
-        sum += q;
+        const float largest = max_lanes(most), inverse = largest < LEAST ? 0 : 127 / largest;
+        vi sum = splat_int(0);
+        for (int64_t i = from, k = 0; i < end; i += WIDTH, k++) {
+            vi q = rounded(values[k] * inverse);
+            vn narrow = __builtin_convertvector(q, vn);
+            memcpy(numbers + i, &narrow, smaller(WIDTH, padded - i) * sizeof(number));
+            sum += q;
+        }
+        to.scales[row * pieces + piece] = (largest < LEAST ? 0 : largest / 127) + sum_lanes(poison);
+        to.starts[row * pieces + piece] = -OFFSET * add_lanes(sum);
     }
-    to.sums[row * halves] = add_lanes(sum);
-    if (map->fine) to.sums[row * halves + 1] = add_lanes(low_sum);
 }
 
-// The sums of one tile, `rows` rows by `vectors` blocks; both are constants where it is inlined.
-INLINE void sum_tile(const weight_t *weight, const number *numbers, int64_t steps, int rows, int vectors,
-                     vi sums[ROWS][VECTORS]) {
-    vi acc[ROWS][VECTORS];
-#pragma GCC unroll 6
+// The sums of one tile, `rows` rows by `vectors` blocks; both are constants where it is inlined. Meanwhile what lies
+// `ahead`, `lines` of 64 bytes a step, comes into a near cache.
+INLINE void sum_tile(const weight_t *weight, const number *numbers, const float *scales, const int32_t *starts,
+                     int64_t steps, int64_t pieces, int rows, int vectors, vf sums[ROWS][VECTORS], const char *ahead,
+                     int lines) {
+    vf total[ROWS][VECTORS];
+#pragma GCC unroll 3
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) acc[r][v] = splat_int(0);
-    for (int64_t step = 0; step < steps; step++) {
+        for (int v = 0; v < vectors; v++) total[r][v] = splat(0);
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        vi acc[ROWS][VECTORS];
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-#pragma GCC unroll 6
-            for (int r = 0; r < rows; r++)
-                acc[r][v] = dot(acc[r][v], weight + (v * steps + step) * GROUP, numbers + (r * steps + step) * STEP);
+            for (int v = 0; v < vectors; v++) acc[r][v] = splat_int(starts[r * pieces + piece]);
+        const int64_t end = smaller(steps, (piece + 1) * (PIECE / STEP));
+        for (int64_t step = piece * (PIECE / STEP); step < end; step++) {
+            for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (step * lines + i) * LINE, 0, 2);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+#pragma GCC unroll 3
+                for (int r = 0; r < rows; r++)
+                    acc[r][v] = dot(acc[r][v], weight + (v * steps + step) * GROUP, numbers + (r * steps + step) * STEP);
+        }
+#pragma GCC unroll 3
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                total[r][v] = fma_(__builtin_convertvector(acc[r][v], vf), splat(scales[r * pieces + piece]), total[r][v]);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 3
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = acc[r][v];
+        for (int v = 0; v < vectors; v++) sums[r][v] = total[r][v];
 }
 
-static void sum_any_tile(const weight_t *weight, const number *numbers, int64_t steps, int rows, int vectors,
-                         vi sums[ROWS][VECTORS]) {
-#define TILE(R, V) case (R) * 8 + (V): sum_tile(weight, numbers, steps, R, V, sums); return;
-#define TILES(V) TILE(1, V) TILE(2, V) TILE(3, V) TILE(4, V) TILE(5, V) TILE(6, V)
+static void sum_any_tile(const weight_t *weight, Rounded x, int64_t row, int64_t steps, int64_t pieces, int rows,
+                         int vectors, vf sums[ROWS][VECTORS], const char *ahead, int lines) {
+    const number *numbers = x.numbers + row * steps * STEP;
+    const float *scales = x.scales + row * pieces;
+    const int32_t *starts = x.starts + row * pieces;
+#define TILE(R, V)                                                                                       \
+    case (R) * 8 + (V):                                                                                  \
+        sum_tile(weight, numbers, scales, starts, steps, pieces, R, V, sums, ahead, lines);              \
+        return;
+#define TILES(V) TILE(1, V) TILE(2, V) TILE(3, V)
     switch (rows * 8 + vectors) {
         TILES(1)
         TILES(2)
@@ -196,20 +212,16 @@ static void sum_any_tile(const weight_t *weight, const number *numbers, int64_t 
 #undef TILE
 }
 
-// From the sums of one tile to the output: scales, bias, silu(gate) * up, residual.
-static void finish_tile(const Map *map, Rounded x, vi sums[ROWS][VECTORS], const void *residual, void *out,
-                        int64_t row, int rows, int64_t block, int vectors, int is_bf16) {
-    const int64_t outputs = map->outputs, halves = map->fine ? 2 : 1;
+// From the sums of one tile to the output: the channels' scales, bias, silu(gate) * up, residual.
+static void finish_tile(const Map *map, vf sums[ROWS][VECTORS], const void *residual, void *out, int64_t row, int rows,
+                        int64_t block, int vectors, int is_bf16) {
+    const int64_t outputs = map->outputs;
     for (int r = 0; r < rows; r++) {
-        const float scale = x.scales[row + r];
-        const int32_t *total = x.sums + (row + r) * halves;
         vf gate = splat(0);
         for (int v = 0; v < vectors; v++) {
             const int64_t b = block + v, place = map->gated ? b / 2 : b, up = map->gated && b % 2;
             const int64_t channel = place * WIDTH, n = outputs - channel, at = (row + r) * outputs + channel;
-            vf y = __builtin_convertvector(sums[r * halves][v] - OFFSET * total[0], vf);
-            if (map->fine) y = y * 256 + __builtin_convertvector(sums[r * halves + 1][v] - OFFSET * total[1], vf);
-            y = y * scale * load(map->scales + b * WIDTH);
+            vf y = sums[r][v] * load(map->scales + b * WIDTH);
             if (map->bias) y += load_some(map->bias, (up ? outputs : 0) + channel, n, 0);
             if (map->gated && !up) {
                 gate = silu(y);
@@ -222,19 +234,25 @@ static void finish_tile(const Map *map, Rounded x, vi sums[ROWS][VECTORS], const
     }
 }
 
-// Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass.
+// Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass; while those after
+// the first few pass, which waited for the weights, the next few blocks are fetched.
 static void blocks(const Map *map, Rounded x, const void *residual, void *out, int64_t rows, int64_t block,
                    int64_t end, int is_bf16) {
-    const int64_t steps = steps_of(map->inputs), halves = map->fine ? 2 : 1;
-    const int64_t tiles = (rows * halves + ROWS - 1) / ROWS;
-    vi sums[ROWS][VECTORS];
+    const int64_t steps = steps_of(map->inputs), pieces = pieces_of(map->inputs), tiles = (rows + ROWS - 1) / ROWS;
+    vf sums[ROWS][VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
+        const weight_t *weight = map->weight + block * steps * GROUP;
+        const int64_t size = vectors * steps * GROUP * (int64_t)sizeof *weight;
+        const int64_t part = tiles > 1 && size <= NEAR ? (size + tiles - 2) / (tiles - 1) : 0;  // bytes a tile
+        const int lines = (int)((part + steps * LINE - 1) / (steps * LINE));                     // and a step of it
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
-            const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
-            sum_any_tile(map->weight + block * steps * GROUP, x.numbers + row * halves * steps * STEP, steps,
-                         count * (int)halves, vectors, sums);
-            finish_tile(map, x, sums, residual, out, row, count, block, vectors, is_bf16);
+            const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 4 rows are 2 and 2
+            const int64_t from = (tile - 1) * lines * steps * LINE;
+            const int fetching = tile > 0 && from < size && block + vectors < end;
+            sum_any_tile(weight, x, row, steps, pieces, count, vectors, sums, (const char *)weight + size + from,
+                         fetching ? lines : 0);
+            finish_tile(map, sums, residual, out, row, count, block, vectors, is_bf16);
             row += count;
         }
         block += vectors;
@@ -242,14 +260,14 @@ static void blocks(const Map *map, Rounded x, const void *residual, void *out, i
 }
 
 // x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs] in out's dtype, which may be out itself).
-// scratch: rows * (2 * inputs + 16) bytes, of a fine map twice that, and 64 more.
+// scratch: rows * (2 * (inputs + STEP) + 8 * pieces) bytes.
 API void heed_int8_linear(const Map *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch,
                           int64_t x_is_bf16, int64_t out_is_bf16) {
-    const int64_t each = map->inputs * (x_is_bf16 ? 2 : 4);
+    const int64_t each = map->inputs * (x_is_bf16 ? 2 : 4), pieces = pieces_of(map->inputs);
     const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
     float *scales = scratch;
-    int32_t *sums = (int32_t *)(scales + rows);
-    const Rounded small = {(number *)(sums + rows * (map->fine ? 2 : 1)), scales, sums};
+    int32_t *starts = (int32_t *)(scales + rows * pieces);
+    const Rounded small = {(number *)(starts + rows * pieces), scales, starts};
 #pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
     {
 #pragma omp for schedule(static)

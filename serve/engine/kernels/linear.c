@@ -23,8 +23,6 @@
 #else
 #define VECTORS 2
 #endif
-#define LINE 64         // bytes of a cache line
-#define NEAR (256 << 10)  // bytes of weights up to which the next ones fit a near cache beside them
 
 INLINE int64_t step_of(int is_bf16) { return is_bf16 && PAIRS ? 2 : 1; }
 INLINE int64_t steps_of(int64_t inputs, int is_bf16) { return (inputs + step_of(is_bf16) - 1) / step_of(is_bf16); }

@@ -1,4 +1,4 @@
-// Rows of a matrix of any width, norms and activations: what elementwise.c and int8.c share.
+// Rows of a matrix of any width, norms and activations: what elementwise.c, linear.c and int8.c share.
 
 #pragma once
 
@@ -8,6 +8,9 @@
 
 // Below so many numbers a kernel stays on one thread: waking another takes a microsecond or two.
 #define WORTH_A_THREAD 32768
+
+#define LINE 64           // bytes of a cache line
+#define NEAR (256 << 10)  // bytes of weights up to which the next ones fit a near cache beside them
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vf abs_(vf x) { return (vf)((vi)x & 0x7fffffff); }
