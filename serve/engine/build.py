@@ -149,9 +149,8 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
 def prepare(model: Any, config: EngineConfig, device: str) -> tuple[Any, str | None]:
     """The model as it is served, and a sentence where that is not as fast as it could be."""
     whole = in_rows(model)
-    if config.quantization is not None:
-        if refused := refusal(device, kernels.current(), whole=whole):
-            raise SetupError(refused)
+    if config.quantization is not None and (refused := refusal(device, kernels.current(), whole=whole)):
+        raise SetupError(refused)
     if device != "cpu" or whole:
         return model, None
     served = serve_model(model, config.quantization)

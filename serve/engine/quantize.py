@@ -2,10 +2,10 @@
 
     y[n, o] = t_o sum_p s_np sum_(i in piece p) x[n, i] w[o, i],    x and w in -127 ... 127, s and t = absmax / 127
 
-The sum of a piece is exact in int32 and the pieces are added in order, so a row's answer has the same bits whoever shares
-the product; and since no scale spans two rows, nobody's answer depends on a neighbour. A row has a few large numbers;
-with one scale for all of it the others would be left with too few steps. kernels/int8.c does it, with all that stands
-around the product in one call.
+The sum of a piece is exact in int32 and the pieces are added in order, so a row's answer has the same bits whoever
+shares the product; and since no scale spans two rows, nobody's answer depends on a neighbour. A row has a few large
+numbers; with one scale for all of it the others would be left with too few steps. kernels/int8.c does it, with all that
+stands around the product in one call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""int8: what the formula says, whatever the shape and the company; a language model loses next to nothing; and where it is refused."""
+"""int8: what the formula says in any shape and company; a language model loses next to nothing; where it is refused."""
 
 from __future__ import annotations
 
