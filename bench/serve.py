@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def main() -> None:
     ]
     command = "QUICK=1 make bench-serve" if quick else "make bench-serve"
     if len(sys.argv) > 1:
-        command = f"{'QUICK=1 ' if quick else ''}python -m bench.serve {' '.join(sys.argv[1:])}"
+        command = f"{'QUICK=1 ' if quick else ''}python -m bench.serve {shlex.join(sys.argv[1:])}"
     end = "-quick" if quick else ""
     generator = Generator()
     try:
