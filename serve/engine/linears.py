@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,47 @@ class Scratch:
         return self._memory.data_ptr()
 
 
+class Fused:
+    """What a fused map is told once, in whatever numbers it multiplies."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norm: nn.Module | None,
+        gated: bool,
+        out: torch.dtype | None,
+    ) -> None:
+        """weights [out_i, in]; biases [out_i], all or none; norm: of x; gated: the weights are those of gate and up,
+        and the answer is silu(gate) * up; out: the answer's dtype, by default the weights'.
+        """
+        self.inputs = weights[0].shape[1]
+        self.outputs = len(weights[0]) if gated else sum(map(len, weights))
+        self.out = out or weights[0].dtype
+        # Gate and up alternate block by block, so that both are at hand for the answer.
+        matrices = [weight.detach() for weight in weights]
+        if not gated and len(matrices) > 1:
+            matrices = [torch.cat(matrices)]
+        self.matrices = [matrix.contiguous() for matrix in matrices]
+        self.channels = len(matrices) * -(-self.outputs // LANES) * LANES
+        given = [bias.detach().float() for bias in biases if bias is not None]
+        self.bias = torch.cat(given) if given else None
+        self.norm: list[Tensor] = []
+        if norm is not None:
+            assert isinstance(norm, (RMSNorm, nn.LayerNorm))
+            self.norm = [p.detach().float().contiguous() for p in norm.parameters()]  # weight, then bias if any
+        self.fields: dict[str, Any] = {  # of its structure in C
+            "bias": pointer(self.bias),
+            "norm_weight": self.norm[0].data_ptr() if self.norm else None,
+            "norm_bias": self.norm[1].data_ptr() if len(self.norm) > 1 else None,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "gated": gated,
+            "centred": isinstance(norm, nn.LayerNorm),
+            "eps": 0.0 if norm is None else norm.eps,
+        }
+
+
 class FusedLinear:
     """y = norm(x) [W_1; W_2; ...]^T + [b_1; b_2; ...] (+ residual), or of gate and up silu(gate) * up.
 
@@ -70,49 +112,27 @@ class FusedLinear:
         gated: bool = False,
         out: torch.dtype | None = None,
     ) -> None:
-        """weights [out_i, in]; biases [out_i], all or none; norm: of x; gated: the weights are those of gate and up;
-        out: the answer's dtype, by default the weights'.
-        """
-        self.inputs = weights[0].shape[1]
-        self.outputs = len(weights[0]) if gated else sum(map(len, weights))
-        self._out = out or weights[0].dtype
-        self._scratch, self._kernel = scratch, kernels.call.heed_linear
-        is_bf16 = weights[0].dtype is torch.bfloat16
-        # Gate and up alternate block by block, so that both are at hand for the answer.
-        matrices = [weight.detach() for weight in weights]
-        if not gated and len(matrices) > 1:
-            matrices = [torch.cat(matrices)]
-        channels = len(matrices) * -(-self.outputs // LANES) * LANES
-        self._weight = torch.empty(channels * -(-self.inputs // STEP) * STEP, dtype=weights[0].dtype)
-        for i, matrix in enumerate(matrices):
-            matrix = matrix.contiguous()
-            kernels.call.heed_pack(matrix.data_ptr(), *matrix.shape, is_bf16, self._weight.data_ptr(), i, len(matrices))
-        given = [bias.detach().float() for bias in biases if bias is not None]
-        self._bias = torch.cat(given) if given else None
-        self._norm: list[Tensor] = []
-        if norm is not None:
-            assert isinstance(norm, (RMSNorm, nn.LayerNorm))
-            self._norm = [p.detach().float().contiguous() for p in norm.parameters()]  # weight, then bias if any
+        """As Fused."""
+        told, dtype = Fused(weights, biases, norm, gated, out), weights[0].dtype
+        is_bf16 = dtype is torch.bfloat16
+        self._weight = torch.empty(told.channels * -(-told.inputs // STEP) * STEP, dtype=dtype)
+        for i, matrix in enumerate(told.matrices):
+            kernels.call.heed_pack(
+                matrix.data_ptr(), *matrix.shape, is_bf16, self._weight.data_ptr(), i, len(told.matrices)
+            )
         self._map = FloatMap(
-            weight=self._weight.data_ptr(),
-            bias=pointer(self._bias),
-            norm_weight=self._norm[0].data_ptr() if self._norm else None,
-            norm_bias=self._norm[1].data_ptr() if len(self._norm) > 1 else None,
-            inputs=self.inputs,
-            outputs=self.outputs,
-            gated=gated,
-            centred=isinstance(norm, nn.LayerNorm),
-            is_bf16=is_bf16,
-            out_is_bf16=self._out is torch.bfloat16,
-            eps=0.0 if norm is None else norm.eps,
+            weight=self._weight.data_ptr(), is_bf16=is_bf16, out_is_bf16=told.out is torch.bfloat16, **told.fields
         )
         self._at = ctypes.addressof(self._map)
+        self._kept = (told.bias, told.norm)  # the map points at them
+        self._inputs, self._outputs, self._out = told.inputs, told.outputs, told.out
+        self._scratch, self._kernel = scratch, kernels.call.heed_linear
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, in], contiguous, residual [N, out] or None, both in the weights' dtype -> [N, out]."""
         rows = len(x)
-        out = x.new_empty(rows, self.outputs, dtype=self._out)
-        scratch = self._scratch.at(4 * rows * (self.inputs + 1))
+        out = x.new_empty(rows, self._outputs, dtype=self._out)
+        scratch = self._scratch.at(4 * rows * (self._inputs + 1))
         self._kernel(self._at, x.data_ptr(), pointer(residual), out.data_ptr(), rows, scratch)
         return out
 

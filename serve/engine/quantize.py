@@ -17,13 +17,11 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor, nn
 
-from lm.layers import RMSNorm
 from serve.engine.elementwise import pointer
 from serve.engine.kernels import Kernels
-from serve.engine.linears import Scratch
+from serve.engine.linears import Fused, Scratch
 
-LANES = 16  # a multiple of every variant's: the output channels of a block
-STEP = 4  # likewise: inputs that lie together
+STEP = 4  # a multiple of every variant's: inputs that lie together
 PIECE = 32  # inputs of a row that share a scale
 
 
@@ -61,23 +59,11 @@ class Int8Linear:
         gated: bool = False,
         out: torch.dtype | None = None,
     ) -> None:
-        """weights [out_i, in]; biases [out_i], all or none; norm: of x, before it is rounded; gated: the weights are
-        those of gate and up, and the answer is silu(gate) * up; out: the answer's dtype, by default the weights'.
-        """
-        self.inputs = weights[0].shape[1]
-        self.outputs = len(weights[0]) if gated else sum(map(len, weights))
-        self._out = out or weights[0].dtype
-        self._bytes = 2 * (self.inputs + STEP) + 8 * -(-self.inputs // PIECE)
-        self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
-        # Gate and up alternate block by block, so that both are at hand for the answer.
-        matrices = [weight.detach() for weight in weights]
-        if not gated and len(matrices) > 1:
-            matrices = [torch.cat(matrices)]
-        channels = len(matrices) * -(-self.outputs // LANES) * LANES
-        self._weight = torch.empty(channels * -(-self.inputs // STEP) * STEP, dtype=torch.uint8)
-        self._scales = torch.empty(channels)
-        for i, matrix in enumerate(matrices):
-            matrix = matrix.contiguous()
+        """As serve.engine.linears.Fused."""
+        told = Fused(weights, biases, norm, gated, out)
+        self._weight = torch.empty(told.channels * -(-told.inputs // STEP) * STEP, dtype=torch.uint8)
+        self._scales = torch.empty(told.channels)
+        for i, matrix in enumerate(told.matrices):
             kernels.call.heed_int8_pack(
                 matrix.data_ptr(),
                 *matrix.shape,
@@ -85,32 +71,19 @@ class Int8Linear:
                 self._weight.data_ptr(),
                 self._scales.data_ptr(),
                 i,
-                len(matrices),
+                len(told.matrices),
             )
-        given = [bias.detach().float() for bias in biases if bias is not None]
-        self._bias = torch.cat(given) if given else None
-        self._norm: list[Tensor] = []
-        if norm is not None:
-            assert isinstance(norm, (RMSNorm, nn.LayerNorm))
-            self._norm = [p.detach().float().contiguous() for p in norm.parameters()]  # weight, then bias if any
-        self._map = Map(
-            weight=self._weight.data_ptr(),
-            scales=self._scales.data_ptr(),
-            bias=pointer(self._bias),
-            norm_weight=self._norm[0].data_ptr() if self._norm else None,
-            norm_bias=self._norm[1].data_ptr() if len(self._norm) > 1 else None,
-            inputs=self.inputs,
-            outputs=self.outputs,
-            gated=gated,
-            centred=isinstance(norm, nn.LayerNorm),
-            eps=0.0 if norm is None else norm.eps,
-        )
+        self._map = Map(weight=self._weight.data_ptr(), scales=self._scales.data_ptr(), **told.fields)
         self._at = ctypes.addressof(self._map)
+        self._kept = (told.bias, told.norm)  # the map points at them
+        self._bytes = 2 * (told.inputs + STEP) + 8 * -(-told.inputs // PIECE)
+        self._outputs, self._out = told.outputs, told.out
+        self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, in], contiguous, residual [N, out] or None, both in the weights' dtype -> [N, out]."""
         rows = len(x)
-        out = x.new_empty(rows, self.outputs, dtype=self._out)
+        out = x.new_empty(rows, self._outputs, dtype=self._out)
         self._kernel(
             self._at,
             x.data_ptr(),
