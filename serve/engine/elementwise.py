@@ -98,12 +98,14 @@ class Rotation:
 
 
 class Activation:
-    """lm's MLP between its matrices: x [N, inner], of SwiGLU [N, gate | up] -> [N, inner], in x's dtype."""
+    """lm's MLP between its matrices: x [N, inner], of SwiGLU [N, gate | up] -> [N, inner], in x's dtype. SwiGLU
+    has no kernel here: with kernels it is part of the product before it.
+    """
 
     def __init__(self, name: str, inner: int, kernels: Kernels | None):
         self.name, self.inner = name, inner
         self._kind = ACTIVATIONS.index(name)  # the C file has the same order
-        self._kernel = kernels.call.heed_activate if kernels else None
+        self._kernel = kernels.call.heed_activate if kernels and name != "swiglu" else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._kernel is None:

@@ -1,4 +1,4 @@
-"""The decoder as it is served: lm's, with the matrices of its blocks fused, packed or int8, and few calls a layer.
+"""The decoder as it is served: lm's, with the matrices of its blocks fused, in floats or int8, and few calls a layer.
 
     norm, qkv | rotate | attend | o + residual | norm, gate and up, silu(gate) * up | down + residual
 
@@ -52,7 +52,7 @@ class ServedBlock(nn.Module):
 
 
 def _plain_maps(block: Block, config: DecoderConfig) -> tuple[Into, Onto, Into, Onto]:
-    before, after = Norm(block.input_layernorm, None), Norm(block.post_attention_layernorm, None)
+    before, after = block.input_layernorm, block.post_attention_layernorm
     qkv, o, up, down = (PlainLinear(*_tensors(maps)) for maps in _maps(block, config))
     activation = Activation(config.activation, config.inner, None)
     return lambda x: qkv(before(x)), o, lambda x: activation(up(after(x))), down
@@ -98,7 +98,6 @@ class ServedLM(DecoderLM):
         config, weight = model.config, model.embed_tokens.weight
         self.config, self.recompute = config, False
         self.kernels = kernels_for(weight.dtype, weight.device, compiled.current())
-        self.invariant = self.kernels is not None
         scratch, int8 = Scratch(), quantization == "int8"
         self.embed_tokens = model.embed_tokens
         if config.positions == "learned":
@@ -122,6 +121,11 @@ class ServedLM(DecoderLM):
             assert isinstance(block, Block)
             self.layers.append(ServedBlock(block, config, self.kernels, scratch, int8))
         self.eval()
+
+    @property
+    def invariant(self) -> bool:
+        """Whether what a token gets has the same bits whoever else is in the batch."""
+        return self.kernels is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]; fp32, or the weights' dtype."""

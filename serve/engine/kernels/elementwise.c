@@ -69,21 +69,20 @@ API void heed_rotate(void *x, const float *table, const float *q_norm, const flo
     else rotate_rows(x, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, 0);
 }
 
-// ---- activate: out [rows, inner] = f(x [rows, inner]), or silu(gate) * up of x [rows, gate | up] ----
+// ---- activate: out [rows, inner] = f(x [rows, inner]); silu(gate) * up is part of the product before it ----
 
-enum { SWIGLU, GELU, GELU_TANH, RELU2 };  // lm.config.ACTIVATIONS has the names
+enum { GELU = 1, GELU_TANH, RELU2 };  // places in lm.config.ACTIVATIONS
 
 INLINE void activate_rows(const void *x, void *out, int64_t rows, int64_t inner, int kind, int is_bf16) {
-    const int64_t width = kind == SWIGLU ? 2 * inner : inner, size = is_bf16 ? 2 : 4;
+    const int64_t bytes = inner * (is_bf16 ? 2 : 4);
 #pragma omp parallel for schedule(static) if (rows * inner > WORTH_A_THREAD / 2)
     for (int64_t row = 0; row < rows; row++) {
-        const void *from = (const char *)x + row * width * size;
-        void *to = (char *)out + row * inner * size;
+        const void *from = (const char *)x + row * bytes;
+        void *to = (char *)out + row * bytes;
         for (int64_t i = 0; i < inner; i += WIDTH) {
             const int64_t n = inner - i;
             vf y = load_some(from, i, n, is_bf16);
-            if (kind == SWIGLU) y = silu(y) * load_some(from, inner + i, n, is_bf16);
-            else if (kind == GELU) y = gelu(y);
+            if (kind == GELU) y = gelu(y);
             else if (kind == GELU_TANH) y = gelu_tanh(y);
             else y = squared_relu(y);
             store_some(to, i, n, y, is_bf16);
@@ -97,7 +96,7 @@ API void heed_activate(const void *x, void *out, int64_t rows, int64_t inner, in
         if (is_bf16) activate_rows(x, out, rows, inner, KIND, 1);        \
         else activate_rows(x, out, rows, inner, KIND, 0);                \
         break;
-    switch (kind) { CASE(SWIGLU) CASE(GELU) CASE(GELU_TANH) CASE(RELU2) }
+    switch (kind) { CASE(GELU) CASE(GELU_TANH) CASE(RELU2) }
 #undef CASE
 }
 
