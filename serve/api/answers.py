@@ -99,10 +99,10 @@ class Answer(ABC):
 
     async def whole(self, group: Group) -> dict[str, Any]:
         """The non-streaming body. Raises GenerationFailed or EngineDead."""
-        gathered: dict[int, Output] = {}
-        async for index, output in group:
-            gathered[index] = join(gathered[index], output) if index in gathered else output
-        outputs = [gathered[choice.index] for choice in self.choices]
+        return self.body(await gather(group))
+
+    def body(self, outputs: list[Output]) -> dict[str, Any]:
+        """The non-streaming body, of what each sequence gave in all."""
         choices = []
         for choice, output in zip(self.choices, outputs, strict=True):
             choice.tokens, choice.cached = len(output.tokens), output.cached
@@ -166,6 +166,14 @@ class Answer(ABC):
         if continuous:
             chunk["usage"] = _usage(len(choice.prompt.ids), choice.tokens)
         return chunk
+
+
+async def gather(group: Group) -> list[Output]:
+    """All that each sequence of a group gives, in their order. Raises GenerationFailed or EngineDead."""
+    gathered: dict[int, Output] = {}
+    async for index, output in group:
+        gathered[index] = join(gathered[index], output) if index in gathered else output
+    return [output for _, output in sorted(gathered.items())]
 
 
 def _usage(prompt: int, completion: int) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -13,35 +11,20 @@ from fastapi.responses import Response
 
 from lm import __version__
 from serve.api import conversation, errors, validation
-from serve.api.answers import Answer
 from serve.api.chat import ChatAnswer
-from serve.api.client import EngineClient, Group
+from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
-from serve.api.errors import json_response, log
-from serve.api.http import EventStream, Gate, while_connected
+from serve.api.errors import json_response
+from serve.api.http import Gate
 from serve.api.metrics import Metrics
 from serve.api.model import Model
 from serve.api.prompts import check_ids, encode
-from serve.api.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
-    TokenizeEither,
-    TokenizeRequest,
-)
-from serve.errors import InvalidRequest, NotBuilt, Overloaded
+from serve.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeEither, TokenizeRequest
+from serve.api.service import Service, only_json
+from serve.errors import NotBuilt
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
 NOT_BUILT = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")
-
-Validate = Callable[[Any, Model], Awaitable[validation.Job]]
-
-
-async def only_json(request: Request) -> None:
-    """Raises InvalidRequest unless the body says that it is JSON."""
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed")
 
 
 def create_app(
@@ -59,7 +42,14 @@ def create_app(
     errors.install(app)
     started = int(time.time())
     metrics = Metrics(model.names[0], client, model.ready)
-    fingerprint = f"heed-{__version__}"
+    service = Service(
+        model,
+        client,
+        metrics,
+        fingerprint=f"heed-{__version__}",
+        prompt_details=prompt_details,
+        log_requests=log_requests,
+    )
 
     # ---------------------------------------------------------------- life
 
@@ -100,40 +90,13 @@ def create_app(
 
     # ---------------------------------------------------------------- completions and chats
 
-    async def answered(body: GenerationRequest, request: Request, validate: Validate, shape: type[Answer]) -> Any:
-        """What both generating routes do: validate, run, and answer in one body or as a stream."""
-        try:
-            client.admit(validation.sequences(body))  # before any work is done for it
-            job = await validate(body, model)
-            group = client.submit(
-                job.work(), generate=job.generate, priority=_priority(body, request), cache_salt=_salt(body, request)
-            )
-        except Overloaded:
-            metrics.rejected.inc()
-            raise
-        metrics.request(job.n, job.params[0].max_tokens)
-        answer = shape(_request_id(body, request), body, job, model, fingerprint, prompt_details=prompt_details)
-
-        def leave() -> None:
-            group.close()
-            if log_requests:
-                log.info("%s", _line(answer, group))
-
-        if body.stream:
-            return EventStream(answer.chunks(group), leave)
-        try:
-            content = await while_connected(request, answer.whole(group))
-        finally:
-            leave()
-        return Response(status_code=499) if content is None else json_response(content)
-
     @app.post("/v1/completions", dependencies=[Depends(only_json)])
     async def completions(body: CompletionRequest, request: Request) -> Any:
-        return await answered(body, request, validation.completion, CompletionAnswer)
+        return await service.answer(body, request, validation.completion, CompletionAnswer)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(only_json)])
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
-        return await answered(body, request, validation.chat, ChatAnswer)
+        return await service.answer(body, request, validation.chat, ChatAnswer)
 
     # ---------------------------------------------------------------- tokens
 
@@ -161,31 +124,6 @@ def create_app(
     return app
 
 
-def _request_id(body: GenerationRequest, request: Request) -> str:
-    """The client's own id (header before field), as far as it is fit to be one; else a new one."""
-    wanted = request.headers.get("x-request-id") or body.request_id or ""
-    return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex
-
-
-def _priority(body: GenerationRequest, request: Request) -> int:
-    """The header's (a proxy's word) before the body's (the client's). Raises InvalidRequest."""
-    wanted = request.headers.get("x-vllm-priority")
-    if wanted is None:
-        return body.priority
-    match = re.fullmatch(r"\s*([+-]?\d{1,18})\s*", wanted, flags=re.ASCII)
-    if match is None:
-        raise InvalidRequest(f"The header X-Vllm-Priority is {wanted[:50]!r} and must be a whole number.", "priority")
-    return int(match[1])
-
-
-def _salt(body: GenerationRequest, request: Request) -> str | None:
-    """Whose prefixes a request may find: those of its own key, and of its own cache_salt. The time to a first token
-    tells what was cached, so that nobody may find what another has asked.
-    """
-    parts = [getattr(request.state, "key", None), body.cache_salt]
-    return None if parts == [None, None] else "/".join(part or "" for part in parts)
-
-
 def _card(name: str, model: Model, created: int) -> dict[str, Any]:
     allowed = {
         "allow_create_engine": False,
@@ -206,12 +144,3 @@ def _card(name: str, model: Model, created: int) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "permission": [permission | {"organization": "*", "group": None, "is_blocking": False}],
     }
-
-
-def _line(answer: Answer, group: Group) -> str:
-    """One line of log for a request: no prompt and no text."""
-    usage = answer.usage()
-    prompt, generated = usage["prompt_tokens"], sum(member.generated for member in group.members)
-    seconds = time.monotonic() - group.members[0].arrival
-    reasons = ",".join(sorted({member.finish_reason or "aborted" for member in group.members}))
-    return f"{answer.id}: {prompt} prompt tokens, {generated} generated in {seconds:.3f} s, {reasons}"

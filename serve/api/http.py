@@ -97,15 +97,19 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
 
 
 class EventStream(Response):
-    """An ASGI response of server-sent events: each item as JSON, then [DONE].
+    """An ASGI response of server-sent events: each item as JSON, then [DONE]; or, `named`, each under the name that is
+    its "type", and no [DONE].
 
     `leave` is called when all is sent or the client has gone, whichever comes first, and even if nothing was sent.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], leave: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], leave: Callable[[], None], *, named: bool = False
+    ) -> None:
         super().__init__(media_type="text/event-stream")
         self._events = events
         self._leave = leave
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -118,8 +122,11 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         encode = msgspec.json.encode
         async for event in self._events:
-            await send({"type": "http.response.body", "body": b"data: " + encode(event) + b"\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            name = b"event: " + event["type"].encode() + b"\n" if self._named else b""
+            body = name + b"data: " + encode(event) + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        end = b"" if self._named else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
 async def _race(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:

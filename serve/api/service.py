@@ -1,0 +1,129 @@
+"""What every generating route does: validate, give to the engine, and answer in one body or as a stream."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from serve.api import validation
+from serve.api.client import EngineClient, Group
+from serve.api.errors import json_response, log
+from serve.api.http import EventStream, while_connected
+from serve.api.metrics import Metrics
+from serve.api.model import Model
+from serve.api.protocol import GenerationRequest
+from serve.errors import InvalidRequest, Overloaded
+
+
+class Reply(Protocol):
+    """How a group's outputs are shown: answers.Answer, or what puts one into the words of another API."""
+
+    id: str
+
+    async def whole(self, group: Group) -> dict[str, Any]:
+        """The non-streaming body. Raises GenerationFailed or EngineDead."""
+
+    def chunks(self, group: Group) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream."""
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts of tokens, so far."""
+
+
+Validate = Callable[[Any, Model], Awaitable[validation.Job]]
+Shape = Callable[..., Reply]  # of id, body, job, model, fingerprint; prompt_details
+
+
+async def only_json(request: Request) -> None:
+    """Raises InvalidRequest unless the body says that it is JSON."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed")
+
+
+class Service:
+    """The model, the engine that runs it, and what the server says of both: all that a route needs."""
+
+    def __init__(
+        self,
+        model: Model,
+        client: EngineClient,
+        metrics: Metrics,
+        *,
+        fingerprint: str,
+        prompt_details: bool = False,
+        log_requests: bool = False,
+    ) -> None:
+        self.model, self.client, self.metrics = model, client, metrics
+        self._fingerprint, self._prompt_details, self._log_requests = fingerprint, prompt_details, log_requests
+
+    async def answer(
+        self, body: GenerationRequest, request: Request, validate: Validate, shape: Shape, *, named_events: bool = False
+    ) -> Response:
+        """Raises what `validate` and the engine's client raise; `named_events` as EventStream has it."""
+        model, client = self.model, self.client
+        try:
+            client.admit(validation.sequences(body))  # before any work is done for it
+            job = await validate(body, model)
+            group = client.submit(
+                job.work(), generate=job.generate, priority=_priority(body, request), cache_salt=_salt(body, request)
+            )
+        except Overloaded:
+            self.metrics.rejected.inc()
+            raise
+        self.metrics.request(job.n, job.params[0].max_tokens)
+        reply = shape(
+            _request_id(body, request), body, job, model, self._fingerprint, prompt_details=self._prompt_details
+        )
+
+        def leave() -> None:
+            group.close()
+            if self._log_requests:
+                log.info("%s", _line(reply, group))
+
+        if body.stream:
+            return EventStream(reply.chunks(group), leave, named=named_events)
+        try:
+            content = await while_connected(request, reply.whole(group))
+        finally:
+            leave()
+        return Response(status_code=499) if content is None else json_response(content)
+
+
+def _request_id(body: GenerationRequest, request: Request) -> str:
+    """The client's own id (header before field), as far as it is fit to be one; else a new one."""
+    wanted = request.headers.get("x-request-id") or body.request_id or ""
+    return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex
+
+
+def _priority(body: GenerationRequest, request: Request) -> int:
+    """The header's (a proxy's word) before the body's (the client's). Raises InvalidRequest."""
+    wanted = request.headers.get("x-vllm-priority")
+    if wanted is None:
+        return body.priority
+    match = re.fullmatch(r"\s*([+-]?\d{1,18})\s*", wanted, flags=re.ASCII)
+    if match is None:
+        raise InvalidRequest(f"The header X-Vllm-Priority is {wanted[:50]!r} and must be a whole number.", "priority")
+    return int(match[1])
+
+
+def _salt(body: GenerationRequest, request: Request) -> str | None:
+    """Whose prefixes a request may find: those of its own key, and of its own cache_salt. The time to a first token
+    tells what was cached, so that nobody may find what another has asked.
+    """
+    parts = [getattr(request.state, "key", None), body.cache_salt]
+    return None if parts == [None, None] else "/".join(part or "" for part in parts)
+
+
+def _line(reply: Reply, group: Group) -> str:
+    """One line of log for a request: no prompt and no text."""
+    usage = reply.usage()
+    prompt, generated = usage["prompt_tokens"], sum(member.generated for member in group.members)
+    seconds = time.monotonic() - group.members[0].arrival
+    reasons = ",".join(sorted({member.finish_reason or "aborted" for member in group.members}))
+    return f"{reply.id}: {prompt} prompt tokens, {generated} generated in {seconds:.3f} s, {reasons}"
