@@ -1,0 +1,79 @@
+"""The command line of `python -m serve`: vLLM's flags, by subject, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from serve.api.server import ServerConfig
+from serve.cli import answers, config_file, elsewhere, engine, guards, http
+from serve.cli.parser import Parser, UsageError, dashed
+from serve.cli.types import Lookup
+from serve.engine.messages import EngineConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
+    """Exits with status 2 and one sentence for a flag that cannot be."""
+    parser = _parser()
+    try:
+        return _configs(_given(parser, dashed(argv)))
+    except UsageError as error:
+        print(f"{parser.prog}: {error} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m serve",
+        description="Serve a model folder or a GGUF file through vLLM's HTTP API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "folder",
+        metavar="MODEL",
+        nargs="?",
+        help="a folder with config.json, model.safetensors and tokenizer.json, or a GGUF file",
+    )
+    parser.add_argument("--config", metavar="FILE", help="these flags as YAML; those of the command line count first")
+    http.add(parser.add_argument_group("HTTP"))
+    guards.add(parser.add_argument_group("who may connect"))
+    answers.add(parser.add_argument_group("answers"))
+    engine.add(parser.add_argument_group("engine"))
+    elsewhere.add(parser.add_argument_group("of vLLM, taken for what is so here anyway"))
+    return parser
+
+
+def _given(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    given = parser.parse_args(argv)
+    if given.config is not None:
+        file = config_file.read(given.config, parser)
+        model = file.folder
+        given = parser.parse_args(argv, namespace=file)
+        given.folder = given.folder or model
+    if given.folder is None:
+        raise UsageError("MODEL is missing: a folder with config.json, model.safetensors and tokenizer.json, or a GGUF")
+    return given
+
+
+def _configs(given: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
+    """Each setting is the flag of its name."""
+    flags: dict[str, Any] = vars(given)
+    proposals = given.speculative_config or Lookup(0, 5, 5)
+    speculation = {
+        "speculative": proposals.tokens,
+        "prompt_lookup_max": proposals.longest,
+        "prompt_lookup_min": proposals.shortest,
+    }
+    flags["api_key"] = given.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    return (
+        ServerConfig(**_fields(ServerConfig, flags)),
+        EngineConfig(**_fields(EngineConfig, flags | speculation)),
+    )
+
+
+def _fields(config: Any, flags: dict[str, Any]) -> dict[str, Any]:
+    values = {name: flags[name] for name in config.__struct_fields__ if name in flags}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

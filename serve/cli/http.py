@@ -1,0 +1,34 @@
+"""Flags of the address, of who may ask and how much, and of HTTP's own log."""
+
+from __future__ import annotations
+
+from argparse import _ArgumentGroup as Group
+
+from serve.cli.types import integer, seconds
+
+
+def add(http: Group) -> None:
+    """Adds the flags; each is a field of ServerConfig under its name."""
+    http.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 is every interface")
+    http.add_argument("--port", type=integer(0, 65535), default=8000, help="0 takes a free one and prints it")
+    http.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names that requests use; the first is shown (default: MODEL as it is given)",
+    )
+    http.add_argument(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="keys that open everything but /health, /ping and /live (default: $VLLM_API_KEY)",
+    )
+    http.add_argument(
+        "--max-num-queued-reqs", type=integer(0), default=1024, help="sequences that may wait; more are answered 503"
+    )
+    http.add_argument("--max-body-bytes", type=integer(1), default=8 << 20, help="larger bodies are answered 413")
+    http.add_argument(
+        "--shutdown-timeout", type=seconds, default=25.0, help="seconds that running requests get on SIGTERM or Ctrl-C"
+    )
+    http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
