@@ -19,16 +19,36 @@ class InvalidRequest(ServeError):
     """The request asks for something impossible, out of range, or not supported: the client's to change."""
 
 
+class InvalidResponsesRequest(InvalidRequest):
+    """What OpenAI's Responses API calls an invalid_request_error."""
+
+
 class NotFound(ServeError):
     """The model (or the route) that was asked for does not exist."""
+
+
+class UnknownResponse(ServeError):
+    """No response is kept under the id that was asked for."""
 
 
 class Unauthorized(ServeError):
     """No API key, or a wrong one."""
 
 
+class Forbidden(ServeError):
+    """The request was made to a name that this server is not known by: see --allowed-hosts."""
+
+
+class RequestTimeout(ServeError):
+    """The request did not come as a whole in time."""
+
+
 class BodyTooLarge(ServeError):
     """The body exceeds --max-body-bytes."""
+
+
+class HeadTooLarge(ServeError):
+    """The request's line and headers exceed what a head may be."""
 
 
 class NotBuilt(ServeError):

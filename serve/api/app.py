@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from lm import __version__
@@ -15,7 +16,7 @@ from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
 from serve.api.errors import json_response
-from serve.api.http import Gate
+from serve.api.gate import Gate
 from serve.api.metrics import Metrics
 from serve.api.model import Model
 from serve.api.prompts import check_ids, encode
@@ -33,12 +34,29 @@ def create_app(
     *,
     keys: Sequence[str] = (),
     max_body_bytes: int = 8 << 20,
+    hosts: frozenset[str] | None = None,
+    origins: Sequence[str] = (),
+    origin_methods: Sequence[str] = ("*",),
+    origin_headers: Sequence[str] = ("*",),
+    origin_credentials: bool = False,
+    request_ids: bool = False,
+    keep_alive: float = 0,
     prompt_details: bool = False,
     log_requests: bool = False,
+    max_log_len: int = 0,
 ) -> FastAPI:
-    """The ASGI application over an engine that is ready."""
+    """The ASGI application over an engine that is ready. `hosts`, `request_ids`: as Gate has them; `origins`: whose
+    pages may read answers; `keep_alive`: as EventStream has it.
+    """
     app = FastAPI(title="Heed", version=__version__)
-    app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes)
+    app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes, hosts=hosts, request_ids=request_ids)
+    app.add_middleware(  # before the gate: a browser's question whether it may ask has no key
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=origin_methods,
+        allow_headers=origin_headers,
+        allow_credentials=origin_credentials,
+    )
     errors.install(app)
     started = int(time.time())
     metrics = Metrics(model.names[0], client, model.ready)
@@ -49,6 +67,8 @@ def create_app(
         fingerprint=f"heed-{__version__}",
         prompt_details=prompt_details,
         log_requests=log_requests,
+        max_log_len=max_log_len,
+        keep_alive=keep_alive,
     )
 
     # ---------------------------------------------------------------- life

@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from lm.params import SamplingParams
+from serve.api.budget import BUDGET, ENTRY, UNREAD, entries, most
 from serve.engine.messages import (
     Abort,
     Add,
@@ -26,6 +27,7 @@ from serve.engine.messages import (
     Ready,
     Stats,
     Step,
+    Timings,
     Words,
 )
 from serve.engine.process import HEADER, frame, spawn
@@ -45,15 +47,21 @@ class EngineFailed(Exception):
 class Member:
     """One sequence in the engine: the `index`-th of its group."""
 
-    def __init__(self, group: Group, index: int, prompt_tokens: int, arrival: float) -> None:
+    def __init__(
+        self, group: Group, index: int, prompt_tokens: int, arrival: float, max_tokens: int | None = None
+    ) -> None:
         self.id = f"{group.id}-{index}"
         self.group = group
         self.index = index
         self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens  # None: nothing is generated
         self.arrival = arrival
         self.generated = 0
+        self.cached = 0  # tokens of the prompt that were found in the prefix cache
         self.finish_reason: str | None = None
-        self.last_token = 0.0  # when the API had it
+        self.timings: Timings | None = None  # the engine's, when it has ended by itself
+        self.first_token = 0.0  # when the API had it,
+        self.last_token = 0.0  # and the latest one
 
 
 class Group:
@@ -63,10 +71,14 @@ class Group:
     one. Raises GenerationFailed or EngineDead.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, *, n: int = 1, stream: bool = False, held: int = 0) -> None:
         self.id = uuid.uuid4().hex
         self.members: list[Member] = []
+        self.n = n  # sequences of each prompt
+        self.held = held  # bytes that it counts for in the client's budget
         self._client = client
+        self._stream = stream
+        self._unread = 0  # log-probabilities that are pending
         self._pending: dict[int, Output] = {}
         self._arrived = asyncio.Event()
         self._failure: ServeError | None = None
@@ -75,6 +87,11 @@ class Group:
         waiting = self._pending.get(index)
         self._pending[index] = output if waiting is None else join(waiting, output)
         self._arrived.set()
+        if self._stream and output.logprobs:
+            self._unread += entries(output)
+            if self._unread > UNREAD and self._failure is None:
+                self.fail(GenerationFailed(f"More than {UNREAD} log-probabilities of this stream were left unread."))
+                self.close()
 
     def fail(self, error: ServeError) -> None:
         self._failure = error
@@ -85,7 +102,7 @@ class Group:
         while left:
             await self._arrived.wait()
             self._arrived.clear()
-            ready, self._pending = self._pending, {}
+            ready, self._pending, self._unread = self._pending, {}, 0
             for index, output in ready.items():
                 if output.finish_reason == "error":
                     raise GenerationFailed(f"This request failed in the engine. {output.error}")
@@ -96,16 +113,22 @@ class Group:
 
     def close(self) -> None:
         self._client.abort(self.members)
+        self._client.release(self)
 
 
 def join(first: Output, then: Output) -> Output:
-    """Two outputs of one sequence, one after the other, as one."""
-    both = first.logprobs is not None or then.logprobs is not None
+    """Two outputs of one sequence, one after the other, as one, which has the lists of the first: those grow, so that
+    an answer of many parts is not copied for each of them.
+    """
+    first.tokens.extend(then.tokens)
+    logprobs = first.logprobs if first.logprobs is not None else then.logprobs
+    if first.logprobs is not None:
+        first.logprobs.extend(then.logprobs or ())
     return Output(
         id=first.id,
         text=first.text + then.text,
-        tokens=first.tokens + then.tokens,
-        logprobs=(first.logprobs or []) + (then.logprobs or []) if both else None,
+        tokens=first.tokens,
+        logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
         finish_reason=then.finish_reason,
         stop_reason=then.stop_reason,
@@ -132,6 +155,7 @@ class EngineClient:
         self.on_step: Callable[[Step], None] = lambda step: None
         self.on_output: Callable[[Member, Output], None] = lambda sequence, output: None
         self._members: dict[str, Member] = {}
+        self._held = 0  # bytes of log-probabilities that answers may come to take
         self._idle = asyncio.Event()
         self._idle.set()
         self._process: subprocess.Popen[bytes] | None = None
@@ -180,27 +204,49 @@ class EngineClient:
         self,
         work: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]],
         *,
+        n: int = 1,
+        stream: bool = False,
         generate: bool = True,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Group:
-        """Gives prompts to the engine, each to be continued by a sequence or by those of a beam. Raises as `admit`."""
+        """Gives prompts to the engine, each to be continued by a sequence or by those of a beam. Of the sequences `n`
+        each are of one prompt. The group has to be closed in the end. Raises as `admit`.
+        """
         assert self._writer is not None
         self.admit(sum(params.beam_width if isinstance(params, BeamSearchParams) else 1 for _, params in work))
-        group = Group(self)
+        group = Group(self, n=n, stream=stream, held=self._hold(most(work, stream=stream)))
         now = time.monotonic()
         for prompt, params in work:
             if isinstance(params, BeamSearchParams):
-                ids = [self._enter(group, prompt, now) for _ in range(params.beam_width)]
+                ids = [self._enter(group, prompt, now, params.max_tokens) for _ in range(params.beam_width)]
                 self._writer.write(frame(AddBeam(ids, prompt, params, now, priority)))
             else:
-                id = self._enter(group, prompt, now)
+                id = self._enter(group, prompt, now, params.max_tokens)
                 self._writer.write(frame(Add(id, prompt, params, now, generate, priority, cache_salt)))
         self._idle.clear()
         return group
 
-    def _enter(self, group: Group, prompt: Sequence[int], now: float) -> str:
-        member = Member(group, len(group.members), len(prompt), now)
+    def _hold(self, size: int) -> int:
+        """Takes so much from the budget. Raises InvalidRequest where that is more than all of it, else Overloaded."""
+        if size > BUDGET:
+            raise InvalidRequest(
+                f"The answer could have {size // ENTRY} log-probabilities; this server keeps {BUDGET // ENTRY} at "
+                "once. Ask for fewer, for a smaller n or max_tokens, or for a stream.",
+                "logprobs",
+            )
+        if self._held + size > BUDGET:
+            raise Overloaded("Too many log-probabilities are asked for at once. Try again later.")
+        self._held += size
+        return size
+
+    def release(self, group: Group) -> None:
+        """Gives back what a group has taken from the budget."""
+        self._held -= group.held
+        group.held = 0
+
+    def _enter(self, group: Group, prompt: Sequence[int], now: float, max_tokens: int | None) -> str:
+        member = Member(group, len(group.members), len(prompt), now, max_tokens)
         group.members.append(member)
         self._members[member.id] = member
         return member.id
@@ -292,6 +338,8 @@ class EngineClient:
 
     def _deliver(self, member: Member, output: Output) -> None:
         member.generated += len(output.tokens)
+        member.cached = member.cached or output.cached
+        member.timings = output.timings or member.timings
         self.on_output(member, output)
         member.group.put(member.index, output)
         if output.finish_reason is not None:

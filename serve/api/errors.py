@@ -19,22 +19,32 @@ from starlette.exceptions import HTTPException
 from serve.errors import (
     BodyTooLarge,
     EngineDead,
+    Forbidden,
     GenerationFailed,
+    HeadTooLarge,
     InvalidRequest,
+    InvalidResponsesRequest,
     NotBuilt,
     NotFound,
     Overloaded,
+    RequestTimeout,
     ServeError,
     Unauthorized,
+    UnknownResponse,
 )
 
 log = logging.getLogger("heed.serve")
 
 STATUS: dict[type[ServeError], tuple[HTTPStatus, str]] = {
     InvalidRequest: (HTTPStatus.BAD_REQUEST, "BadRequestError"),
+    InvalidResponsesRequest: (HTTPStatus.BAD_REQUEST, "invalid_request_error"),
+    UnknownResponse: (HTTPStatus.NOT_FOUND, "invalid_request_error"),
     Unauthorized: (HTTPStatus.UNAUTHORIZED, "AuthenticationError"),
+    Forbidden: (HTTPStatus.FORBIDDEN, "PermissionDeniedError"),
     NotFound: (HTTPStatus.NOT_FOUND, "NotFoundError"),
+    RequestTimeout: (HTTPStatus.REQUEST_TIMEOUT, "RequestTimeoutError"),
     BodyTooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestEntityTooLarge"),
+    HeadTooLarge: (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "RequestHeaderFieldsTooLarge"),
     NotBuilt: (HTTPStatus.NOT_IMPLEMENTED, "NotImplementedError"),
     Overloaded: (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     GenerationFailed: (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"),
@@ -67,14 +77,15 @@ def clean(message: str) -> str:
     return re.sub(r"(?<![\w/.])/(?:[\w.-]+/)+[\w.-]+", "<path>", message)
 
 
-def response(error: ServeError) -> Response:
-    status, _ = STATUS[type(error)]
-    headers = {}
+def headers(error: ServeError) -> dict[str, str]:
+    """What an error says beside its body."""
     if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    return json_response(body(error), status, headers)
+        return {"Retry-After": str(error.retry_after)}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
+
+
+def response(error: ServeError) -> Response:
+    return json_response(body(error), STATUS[type(error)][0], headers(error))
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import signal
 import socket
 import sys
@@ -40,6 +41,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_request_chat_template: bool = False
     enable_prompt_tokens_details: bool = False
     enable_log_requests: bool = False
+    max_log_len: int = 0  # characters of a prompt that a line of the log shows
+    enable_request_id_headers: bool = False
+    sse_keep_alive_interval: float = 0  # seconds; 0: none
+    allowed_hosts: tuple[str, ...] = ()  # beside localhost and the address that is bound
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    client_timeout: float = 30.0  # seconds
+    max_connections: int = 4096
+    h11_max_incomplete_event_size: int = 1 << 16  # bytes of a request's head
+    h11_max_header_count: int = 256
 
 
 class StartError(Exception):
@@ -152,6 +165,8 @@ class _Life:
         import uvicorn
 
         from serve.api.app import create_app
+        from serve.api.connection import Limits, file_limit, protocol
+        from serve.api.gate import known_hosts
         from serve.api.model import Model
 
         class Server(uvicorn.Server):
@@ -167,14 +182,29 @@ class _Life:
             self._client,
             keys=config.api_key,
             max_body_bytes=config.max_body_bytes,
+            hosts=known_hosts(config.host, config.allowed_hosts, loopback=_is_loopback(self._bound)),
+            origins=config.allowed_origins,
+            origin_methods=config.allowed_methods,
+            origin_headers=config.allowed_headers,
+            origin_credentials=config.allow_credentials,
+            request_ids=config.enable_request_id_headers,
+            keep_alive=config.sse_keep_alive_interval,
             prompt_details=config.enable_prompt_tokens_details,
             log_requests=config.enable_log_requests,
+            max_log_len=config.max_log_len,
+        )
+        limits = Limits(
+            head_bytes=config.h11_max_incomplete_event_size,
+            headers=config.h11_max_header_count,
+            body_bytes=config.max_body_bytes,
+            seconds=config.client_timeout,
+            connections=file_limit(config.max_connections),
         )
         settings = uvicorn.Config(
             app,
             lifespan="off",
             ws="none",
-            http="httptools",
+            http=protocol(limits),
             loop="none",
             log_level="warning",
             access_log=False,
@@ -201,6 +231,12 @@ class _Life:
             f"first token {seconds:.1f} s after the start."
         )
         return f"{ready.note}\n{line}" if ready.note else line
+
+
+def _is_loopback(bound: socket.socket) -> bool:
+    if bound.family not in (socket.AF_INET, socket.AF_INET6):
+        return False  # of a Unix socket, no page in a browser can know
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _read(folder: str, config: ServerConfig) -> tuple[dict[str, Any], str | None]:

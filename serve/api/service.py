@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
@@ -11,9 +10,10 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import Response
 
-from serve.api import validation
+from serve.api import request_log, validation
 from serve.api.client import EngineClient, Group
 from serve.api.errors import json_response, log
+from serve.api.gate import clean_id
 from serve.api.http import EventStream, while_connected
 from serve.api.metrics import Metrics
 from serve.api.model import Model
@@ -58,9 +58,12 @@ class Service:
         fingerprint: str,
         prompt_details: bool = False,
         log_requests: bool = False,
+        max_log_len: int = 0,
+        keep_alive: float = 0,
     ) -> None:
         self.model, self.client, self.metrics = model, client, metrics
         self._fingerprint, self._prompt_details, self._log_requests = fingerprint, prompt_details, log_requests
+        self._max_log_len, self._keep_alive = max_log_len, keep_alive
 
     async def answer(
         self, body: GenerationRequest, request: Request, validate: Validate, shape: Shape, *, named_events: bool = False
@@ -71,12 +74,17 @@ class Service:
             client.admit(validation.sequences(body))  # before any work is done for it
             job = await validate(body, model)
             group = client.submit(
-                job.work(), generate=job.generate, priority=_priority(body, request), cache_salt=_salt(body, request)
+                job.work(),
+                n=job.n,
+                stream=bool(body.stream),
+                generate=job.generate,
+                priority=_priority(body, request),
+                cache_salt=_salt(body, request),
             )
         except Overloaded:
-            self.metrics.rejected.inc()
+            if not client.draining:
+                self.metrics.rejections["max_num_queued_reqs"].inc()
             raise
-        self.metrics.request(job.n, job.params[0].max_tokens)
         reply = shape(
             _request_id(body, request), body, job, model, self._fingerprint, prompt_details=self._prompt_details
         )
@@ -84,10 +92,11 @@ class Service:
         def leave() -> None:
             group.close()
             if self._log_requests:
-                log.info("%s", _line(reply, group))
+                prompts = [(prompt.text, prompt.ids) for prompt in job.prompts]
+                log.info("%s", request_log.line(reply.id, group, prompts, self._max_log_len))
 
         if body.stream:
-            return EventStream(reply.chunks(group), leave, named=named_events)
+            return EventStream(reply.chunks(group), leave, named=named_events, keep_alive=self._keep_alive)
         try:
             content = await while_connected(request, reply.whole(group))
         finally:
@@ -97,8 +106,8 @@ class Service:
 
 def _request_id(body: GenerationRequest, request: Request) -> str:
     """The client's own id (header before field), as far as it is fit to be one; else a new one."""
-    wanted = request.headers.get("x-request-id") or body.request_id or ""
-    return re.sub(r"[^\w.:-]", "", wanted, flags=re.ASCII)[:128] or uuid.uuid4().hex
+    wanted = clean_id(request.headers.get("x-request-id") or body.request_id or "")
+    return wanted or getattr(request.state, "request_id", None) or uuid.uuid4().hex
 
 
 def _priority(body: GenerationRequest, request: Request) -> int:
@@ -118,12 +127,3 @@ def _salt(body: GenerationRequest, request: Request) -> str | None:
     """
     parts = [getattr(request.state, "key", None), body.cache_salt]
     return None if parts == [None, None] else "/".join(part or "" for part in parts)
-
-
-def _line(reply: Reply, group: Group) -> str:
-    """One line of log for a request: no prompt and no text."""
-    usage = reply.usage()
-    prompt, generated = usage["prompt_tokens"], sum(member.generated for member in group.members)
-    seconds = time.monotonic() - group.members[0].arrival
-    reasons = ",".join(sorted({member.finish_reason or "aborted" for member in group.members}))
-    return f"{reply.id}: {prompt} prompt tokens, {generated} generated in {seconds:.3f} s, {reasons}"
