@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from lm import __version__
-from serve.api import conversation, errors, validation
+from serve.api import conversation, errors, responses, validation
 from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
@@ -25,7 +25,7 @@ from serve.api.service import Service, only_json
 from serve.errors import NotBuilt
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
-NOT_BUILT = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")
+NOT_BUILT = ("/v1/messages", "/v1/embeddings", "/invocations")
 
 
 def create_app(
@@ -41,14 +41,20 @@ def create_app(
     origin_credentials: bool = False,
     request_ids: bool = False,
     keep_alive: float = 0,
+    fingerprint: str | None = None,
+    root_path: str = "",
+    docs: bool = True,
     prompt_details: bool = False,
     log_requests: bool = False,
     max_log_len: int = 0,
 ) -> FastAPI:
     """The ASGI application over an engine that is ready. `hosts`, `request_ids`: as Gate has them; `origins`: whose
-    pages may read answers; `keep_alive`: as EventStream has it.
+    pages may read answers; `keep_alive`: as EventStream has it; `fingerprint`: of all answers;
+    `root_path`: where a proxy shows this server; `docs`: whether there is /openapi.json, and the pages that show it.
     """
-    app = FastAPI(title="Heed", version=__version__)
+    app = FastAPI(
+        title="Heed", version=__version__, root_path=root_path, openapi_url="/openapi.json" if docs else None
+    )
     app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes, hosts=hosts, request_ids=request_ids)
     app.add_middleware(  # before the gate: a browser's question whether it may ask has no key
         CORSMiddleware,
@@ -64,7 +70,7 @@ def create_app(
         model,
         client,
         metrics,
-        fingerprint=f"heed-{__version__}",
+        fingerprint=fingerprint,
         prompt_details=prompt_details,
         log_requests=log_requests,
         max_log_len=max_log_len,
@@ -117,6 +123,8 @@ def create_app(
     @app.post("/v1/chat/completions", dependencies=[Depends(only_json)])
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         return await service.answer(body, request, validation.chat, ChatAnswer)
+
+    responses.install(app, service)
 
     # ---------------------------------------------------------------- tokens
 
