@@ -90,6 +90,7 @@ def config_class() -> Any:
     class HeedConfig(PreTrainedConfig):
         """`fields` holds DecoderConfig's fields; in config.json they stand beside transformers' own keys."""
 
+        __qualname__ = "HeedConfig"  # found as lm.hf.HeedConfig, so that it can be sent to another process
         model_type = "heed"
 
         def __init__(self, **values: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def read(folder: Path) -> Any:
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert type(model).__name__ == "HeedForCausalLM"
     return model.eval()
+
+
+def test_a_config_can_be_sent_to_another_process(own: tuple[DecoderLM, Path]) -> None:
+    """As vLLM sends it to its engine."""
+    from transformers import AutoConfig
+
+    model, folder = own
+    config = AutoConfig.from_pretrained(folder)
+    arrived = ForkingPickler.loads(bytes(ForkingPickler.dumps(config)))
+    assert type(arrived) is type(config)
+    assert arrived.shape() == model.config
 
 
 def test_a_sequence_beyond_the_context_is_refused_in_a_sentence(own: tuple[DecoderLM, Path]) -> None:
