@@ -1,0 +1,8 @@
+"""All requests of the suite, in one list; every module with a table of its own is named here."""
+
+from __future__ import annotations
+
+from tests.conformance import fields, written
+from tests.conformance.case import Case
+
+CASES: list[Case] = [*fields.cases(), *written.CASES]
