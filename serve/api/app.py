@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from lm import __version__
-from serve.api import conversation, errors, responses, validation
+from serve.api import conversation, errors, messages, responses, validation
 from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
@@ -25,7 +25,7 @@ from serve.api.service import Service, only_json
 from serve.errors import NotBuilt
 
 # Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
-NOT_BUILT = ("/v1/messages", "/v1/embeddings", "/invocations")
+NOT_BUILT = ("/v1/embeddings", "/invocations")
 
 
 def create_app(
@@ -52,9 +52,7 @@ def create_app(
     pages may read answers; `keep_alive`: as EventStream has it; `fingerprint`: of all answers;
     `root_path`: where a proxy shows this server; `docs`: whether there is /openapi.json, and the pages that show it.
     """
-    app = FastAPI(
-        title="Heed", version=__version__, root_path=root_path, openapi_url="/openapi.json" if docs else None
-    )
+    app = FastAPI(title="Heed", version=__version__, root_path=root_path, openapi_url="/openapi.json" if docs else None)
     app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes, hosts=hosts, request_ids=request_ids)
     app.add_middleware(  # before the gate: a browser's question whether it may ask has no key
         CORSMiddleware,
@@ -124,7 +122,8 @@ def create_app(
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         return await service.answer(body, request, validation.chat, ChatAnswer)
 
-    responses.install(app, service)
+    for further in (responses, messages):
+        further.install(app, service)
 
     # ---------------------------------------------------------------- tokens
 

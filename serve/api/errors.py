@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -84,8 +85,14 @@ def headers(error: ServeError) -> dict[str, str]:
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
 
 
-def response(error: ServeError) -> Response:
-    return json_response(body(error), STATUS[type(error)][0], headers(error))
+def response(error: ServeError, form: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Response:
+    """`form`: in the words of another API."""
+    return json_response(form(body(error)), STATUS[type(error)][0], headers(error))
+
+
+def anthropic(body: dict[str, Any]) -> dict[str, Any]:
+    """An error as Anthropic's clients read it."""
+    return {"type": "error", "error": {"type": body["error"]["type"], "message": body["error"]["message"]}}
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
