@@ -86,11 +86,13 @@ class Gate:
         if not self._digests or scope["path"] in OPEN:
             return
         scheme, _, token = next(iter(_headers(scope, b"authorization")), "").partition(" ")
+        if not scheme:  # Anthropic's clients say it so
+            scheme, token = "bearer", next(iter(_headers(scope, b"x-api-key")), "")
         digest = hashlib.sha256(token.strip().encode("utf-8", "replace")).digest()
         # Every key is compared, and in constant time: the answer's timing tells nothing of them.
         matches = [secrets.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
-            raise Unauthorized("A valid API key is needed, as the header `Authorization: Bearer KEY`.")
+            raise Unauthorized("A valid API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`.")
         scope.setdefault("state", {})["key"] = digest.hex()  # who asks, for what is kept apart: request.state.key
 
     def _naming(self, scope: Scope, send: Send) -> Send:

@@ -160,6 +160,8 @@ def test_the_key_guards_all_but_the_probes(guarded) -> None:
         assert httpx.get(guarded.url + "/v1/models", headers={"Authorization": value}).status_code == 401
     for value in ("Bearer first-key", "bearer second-key"):
         assert httpx.get(guarded.url + "/v1/models", headers={"Authorization": value}).status_code == 200
+    for value, status in (("first-key", 200), ("wrong", 401), ("", 401)):
+        assert httpx.get(guarded.url + "/v1/models", headers={"x-api-key": value}).status_code == status
 
 
 def test_a_body_that_is_too_large(guarded) -> None:
@@ -203,7 +205,7 @@ def test_a_short_cache_shortens_what_is_served_and_says_so(guarded) -> None:
     card = httpx.get(guarded.url + "/v1/models", headers=KEY).json()["data"][0]
     assert 16 <= card["max_model_len"] < 256
     body = guarded.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=KEY).json()
-    assert eventually(lambda: f"{body['id']}: 1 prompt tokens, 2 generated" in guarded.log.read_text())
+    assert eventually(lambda: f"{body['id']}: 1 prompt tokens, 2 generated, 0 cached; " in guarded.log.read_text())
 
 
 # ---------------------------------------------------------------- clients that leave
@@ -250,9 +252,10 @@ def test_a_signal_drains_and_ends_with_status_0(start, number: int) -> None:
     while server.process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             states.append((httpx.get(server.url + "/health").status_code, httpx.get(server.url + "/live").status_code))
-            states.append(server.post("/v1/completions", json={"prompt": "a"}).status_code)
+            refused = server.post("/v1/completions", json={"prompt": "a"})
+            states.append((refused.status_code, refused.headers.get("retry-after")))
     assert server.wait() == 0
-    assert set(states) <= {(503, 200), 503}
+    assert set(states) <= {(503, 200), (503, "1")}  # not once was it ready or took anything
     assert [end["choices"][0]["finish_reason"] for end in streams.join()] == ["length"] * 4
     assert not psutil.pid_exists(engine)
     assert "Traceback" not in server.log.read_text()
@@ -273,8 +276,15 @@ def test_an_engine_that_dies_takes_the_server_with_it(start) -> None:
     server = start()
     streams = Streams(server, 2, n=30)
     assert eventually(lambda: server.metric("num_requests_running") > 30)
-    os.kill(server.engine_pid(), signal.SIGKILL)
-    assert server.wait() == 1
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGKILL)
+    states = []
+    while server.process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            states.append(httpx.get(server.url + "/health").status_code)
+    assert server.wait(5) == 1
+    assert states == sorted(states)  # 503 from the moment that it is known, and never again 200
+    assert not psutil.pid_exists(engine)
     ends = streams.join()
     assert all(end["error"]["code"] == 500 and end["error"]["type"] == "InternalServerError" for end in ends)
     lines = server.log.read_text().splitlines()
@@ -297,6 +307,16 @@ def test_a_server_that_dies_takes_the_engine_with_it(start) -> None:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
     assert eventually(lambda: all(ended(process) for process in children))
+
+
+def test_a_server_that_is_killed_while_it_starts_leaves_nobody(folder: Path) -> None:
+    command = [sys.executable, "-m", "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert eventually(lambda: len(psutil.Process(process.pid).children()) > 0)
+    engine = psutil.Process(process.pid).children()[0]
+    process.kill()
+    process.wait()
+    assert eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_a_signal_while_it_starts(folder: Path) -> None:
