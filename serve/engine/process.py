@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,11 +91,20 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(argv[0])))
+    threading.Thread(target=_end_with_server, args=(int(argv[0]),), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _serve(channel)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # at once: nothing here is worth the interpreter's and torch's own tidying up
+
+
+def _end_with_server(socket: int) -> None:
+    """Ends this process when the other end closes, even while it loads a model or computes a long step."""
+    poll = select.poll()
+    poll.register(socket, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
+    poll.poll()
+    os._exit(0)
 
 
 def _serve(channel: Channel) -> None:
