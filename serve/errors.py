@@ -36,7 +36,7 @@ class Unauthorized(ServeError):
 
 
 class Forbidden(ServeError):
-    """The request was made to a name that this server is not known by: see --allowed-hosts."""
+    """The request was made to a name that this server is not known by (--allowed-hosts), or to a route that is off."""
 
 
 class RequestTimeout(ServeError):
@@ -69,3 +69,11 @@ class GenerationFailed(ServeError):
 
 class EngineDead(ServeError):
     """The engine process has ended; the server is about to."""
+
+
+class StartError(Exception):
+    """The server cannot start, which no request sees: one sentence, and the status to exit with."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

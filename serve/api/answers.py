@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +22,8 @@ from serve.api.protocol import GenerationRequest
 from serve.api.validation import Job
 from serve.engine.messages import Output
 from serve.errors import GenerationFailed, ServeError
+
+MANY = 2000  # tokens whose log-probabilities take a moment to be written down
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Answer(ABC):
         request: GenerationRequest,
         job: Job,
         model: Model,
-        fingerprint: str,
+        fingerprint: str | None,
         *,
         prompt_details: bool = False,
     ) -> None:
@@ -59,7 +62,9 @@ class Answer(ABC):
         self.fingerprint = fingerprint
         self.prompt_details = prompt_details
         self.model_name = request.model or model.names[0]
-        self.token_texts = TokenTexts(model, bool(request.return_tokens_as_token_ids))
+        self.flags = model.flags
+        as_ids = request.return_tokens_as_token_ids
+        self.token_texts = TokenTexts(model, model.flags.tokens_as_ids if as_ids is None else as_ids)
         self.wants_ids = bool(request.return_token_ids)
         self.choices = [Choice(i, job.prompts[i // job.n]) for i in range(len(job.prompts) * job.n)]
 
@@ -99,7 +104,10 @@ class Answer(ABC):
 
     async def whole(self, group: Group) -> dict[str, Any]:
         """The non-streaming body. Raises GenerationFailed or EngineDead."""
-        return self.body(await gather(group))
+        outputs = await gather(group)
+        if sum(len(output.logprobs or ()) + len(output.prompt_logprobs or ()) for output in outputs) > MANY:
+            return await asyncio.to_thread(self.body, outputs)  # beside it, others are answered
+        return self.body(outputs)
 
     def body(self, outputs: list[Output]) -> dict[str, Any]:
         """The non-streaming body, of what each sequence gave in all."""
@@ -125,9 +133,9 @@ class Answer(ABC):
     async def chunks(self, group: Group) -> AsyncIterator[dict[str, Any]]:
         """The events of a stream but [DONE]. An error is an event too: the status has been sent by now."""
         options = self.request.stream_options
-        usage = bool(options and options.include_usage)
-        continuous = bool(usage and options and options.continuous_usage_stats)
-        interval = self.request.stream_interval or 1
+        usage = self.flags.usage or bool(options and options.include_usage)
+        continuous = self.flags.usage or bool(usage and options and options.continuous_usage_stats)
+        interval = max(self.request.stream_interval or 1, self.flags.interval)
         held: dict[int, Output] = {}
         opened = False
         try:
@@ -138,10 +146,10 @@ class Answer(ABC):
                     opened = True
                 if index in held:
                     output = join(held.pop(index), output)
-                if output.finish_reason is None and len(output.tokens) < interval:
+                choice = self.choices[index]
+                if choice.tokens and output.finish_reason is None and len(output.tokens) < interval:
                     held[index] = output
                     continue
-                choice = self.choices[index]
                 choice.tokens += len(output.tokens)
                 choice.cached = choice.cached or output.cached
                 fields = {"choices": [self.delta(choice, output)]}

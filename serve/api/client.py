@@ -142,13 +142,15 @@ def join(first: Output, then: Output) -> Output:
 class EngineClient:
     """Starts the engine process and speaks with it.
 
-    `limit` bounds the sequences that are in the engine, running or queued. `on_step` sees every step, `on_output`
-    every output with its member.
+    `limit` bounds the sequences that are in the engine, running or queued. While prompts of `waiting_tokens` tokens in
+    all (None: any number) have no first token yet, no more are taken. `on_step` sees every step, `on_output` every
+    output with its member.
     """
 
-    def __init__(self, config: EngineConfig, limit: int) -> None:
+    def __init__(self, config: EngineConfig, limit: int, *, waiting_tokens: int | None = None) -> None:
         self.config = config
         self.limit = limit
+        self._waiting_tokens = waiting_tokens
         self.stats = Stats()
         self.draining = False
         self.dead = asyncio.Event()
@@ -199,6 +201,10 @@ class EngineClient:
             )
         if self.in_flight + count > self.limit:
             raise Overloaded(f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later.")
+        if self._waiting_tokens is not None:
+            waiting = sum(member.prompt_tokens for member in self._members.values() if not member.generated)
+            if waiting >= self._waiting_tokens:
+                raise Overloaded(f"The queue is full: {waiting} tokens of prompts are waiting. Try again later.")
 
     def submit(
         self,

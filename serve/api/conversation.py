@@ -23,7 +23,7 @@ async def render(body: Conversation, model: Model) -> str:
         raise InvalidRequest(
             "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
         )
-    asked = dict(body.chat_template_kwargs or {})
+    asked = {**model.flags.template_kwargs, **(body.chat_template_kwargs or {})}
     template = asked.pop("chat_template", None) if body.chat_template is None else body.chat_template
     if template is not None and not model.renderer.trust_requests:
         raise InvalidRequest(UNTRUSTED, "chat_template")
@@ -50,9 +50,9 @@ async def render(body: Conversation, model: Model) -> str:
     )
 
 
-def role(body: Conversation) -> str:
+def role(body: Conversation, model: Model) -> str:
     """Whose turn the answer is."""
-    return "assistant" if body.add_generation_prompt else body.messages[-1].role
+    return model.flags.role if body.add_generation_prompt else body.messages[-1].role
 
 
 def opening(body: Conversation, role: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,20 @@ from serve.engine.messages import Ready
 from serve.errors import NotFound
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags:
+    """What the server's flags say of answers; a request may say otherwise, as far as it has a field for that."""
+
+    role: str = "assistant"  # who speaks the answer of a chat
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    tokens_as_ids: bool = False  # log-probabilities name tokens by id
+    usage: bool = False  # every chunk of a stream has it, asked or not
+    interval: int = 1  # tokens of a stream's chunk after the first, at least
+
+
 @dataclass(frozen=True)
 class Model:
-    """What is served: names, limits, tokenizer, chat templates, and the sampling defaults of generation_config.json."""
+    """What is served: names, limits, tokenizer, chat templates, sampling defaults, and what flags say of answers."""
 
     names: tuple[str, ...]
     folder: str
@@ -22,6 +34,7 @@ class Model:
     renderer: Renderer
     max_logprobs: int = 20
     defaults: dict[str, Any] = field(default_factory=dict)
+    flags: AnswerFlags = field(default_factory=AnswerFlags)
 
     @property
     def max_model_len(self) -> int:

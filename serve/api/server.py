@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -19,8 +18,10 @@ from typing import Any
 import msgspec
 import psutil
 
+from serve.api import address
 from serve.api.client import DIED, EngineClient, EngineFailed
 from serve.engine.messages import EngineConfig, Ready
+from serve.errors import StartError
 
 LEAVING = 3  # seconds that connections get to take their last bytes
 
@@ -30,15 +31,31 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None  # a Unix socket, in place of both
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    root_path: str = ""
+    uvicorn_log_level: str = "warning"
+    disable_uvicorn_access_log: bool = False
+    disable_fastapi_docs: bool = False
     served_model_name: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     max_logprobs: int = 20
     max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int | None = None  # of prompts; None: no limit of their own
     max_body_bytes: int = 8 << 20
     shutdown_timeout: float = 25.0
     generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
     chat_template: str | None = None  # a file, or a template; None: the model's own
     trust_request_chat_template: bool = False
+    default_chat_template_kwargs: dict[str, Any] | None = None
+    response_role: str = "assistant"
+    return_tokens_as_token_ids: bool = False
+    enable_force_include_usage: bool = False
+    stream_interval: int = 1  # tokens
+    fingerprint_mode: str = "full"
+    fingerprint_value: str | None = None
     enable_prompt_tokens_details: bool = False
     enable_log_requests: bool = False
     max_log_len: int = 0  # characters of a prompt that a line of the log shows
@@ -55,38 +72,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     h11_max_header_count: int = 256
 
 
-class StartError(Exception):
-    """The server cannot start: one sentence, and the status to exit with."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet: nobody connects before the model is ready.
-
-    Raises StartError.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(f"Port {port} on {host} is in use; choose another with --port.", 1) from None
-        raise StartError(f"Cannot bind {host}:{port}: {error.strerror or error}.", 2) from None
-    bound.setblocking(False)
-    return bound
-
-
 def run(server: ServerConfig, engine: EngineConfig) -> int:
     """Serves until a signal or the engine's death; the exit status. Raises StartError."""
-    bound = bind(server.host, server.port)
-    client = EngineClient(engine, engine.max_num_seqs + server.max_num_queued_reqs)
+    address.check_certificate(server.ssl_certfile, server.ssl_keyfile)
+    bound = address.bind(server.host, server.port) if server.uds is None else address.bind_unix(server.uds)
+    client = EngineClient(
+        engine, engine.max_num_seqs + server.max_num_queued_reqs, waiting_tokens=server.max_num_queued_tokens
+    )
     client.launch()  # it loads torch while this process imports FastAPI
     import uvloop
 
@@ -110,6 +102,9 @@ class _Life:
             return await self._start_and_serve()
         finally:
             self._bound.close()
+            if self._config.uds is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._config.uds)
             await self._client.close()
             if self._renderer is not None:
                 await self._renderer.close()
@@ -166,8 +161,9 @@ class _Life:
 
         from serve.api.app import create_app
         from serve.api.connection import Limits, file_limit, protocol
+        from serve.api.fingerprint import fingerprint
         from serve.api.gate import known_hosts
-        from serve.api.model import Model
+        from serve.api.model import AnswerFlags, Model
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
@@ -176,19 +172,29 @@ class _Life:
 
         config, folder = self._config, self._client.config.folder
         names = config.served_model_name or (folder,)
-        model = Model(names, folder, ready, tokenizer, self._renderer, config.max_logprobs, defaults)
+        flags = AnswerFlags(
+            role=config.response_role,
+            template_kwargs=config.default_chat_template_kwargs or {},
+            tokens_as_ids=config.return_tokens_as_token_ids,
+            usage=config.enable_force_include_usage,
+            interval=config.stream_interval,
+        )
+        model = Model(names, folder, ready, tokenizer, self._renderer, config.max_logprobs, defaults, flags)
         app = create_app(
             model,
             self._client,
             keys=config.api_key,
             max_body_bytes=config.max_body_bytes,
-            hosts=known_hosts(config.host, config.allowed_hosts, loopback=_is_loopback(self._bound)),
+            hosts=known_hosts(config.host, config.allowed_hosts, loopback=address.is_loopback(self._bound)),
             origins=config.allowed_origins,
             origin_methods=config.allowed_methods,
             origin_headers=config.allowed_headers,
             origin_credentials=config.allow_credentials,
             request_ids=config.enable_request_id_headers,
             keep_alive=config.sse_keep_alive_interval,
+            fingerprint=fingerprint(config.fingerprint_mode, config.fingerprint_value, self._client.config, ready),
+            root_path=config.root_path,
+            docs=not config.disable_fastapi_docs,
             prompt_details=config.enable_prompt_tokens_details,
             log_requests=config.enable_log_requests,
             max_log_len=config.max_log_len,
@@ -206,8 +212,10 @@ class _Life:
             ws="none",
             http=protocol(limits),
             loop="none",
-            log_level="warning",
-            access_log=False,
+            log_level=config.uvicorn_log_level,
+            access_log=not config.disable_uvicorn_access_log,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
             server_header=False,
             timeout_graceful_shutdown=LEAVING,
             backlog=2048,
@@ -219,24 +227,17 @@ class _Life:
         return server, serving
 
     def _announcement(self, ready: Ready) -> str:
-        host, port = self._bound.getsockname()[:2]
         name = (self._config.served_model_name or (self._client.config.folder,))[0]
-        address = f"[{host}]" if ":" in host else host
         tokens = (ready.blocks - 1) * ready.block_size
         seconds = time.time() - psutil.Process().create_time()
+        where = address.shown(self._bound, tls=self._config.ssl_certfile is not None)
         line = (
-            f"http://{address}:{port} serves {name}: {_scaled(ready.parameters)} parameters, "
+            f"{where} serves {name}: {_scaled(ready.parameters)} parameters, "
             f"{ready.dtype} on {ready.device}, {ready.threads} threads, "
             f"cache {ready.cache_bytes / 2**20:,.0f} MiB for {tokens:,} tokens; "
             f"first token {seconds:.1f} s after the start."
         )
         return f"{ready.note}\n{line}" if ready.note else line
-
-
-def _is_loopback(bound: socket.socket) -> bool:
-    if bound.family not in (socket.AF_INET, socket.AF_INET6):
-        return False  # of a Unix socket, no page in a browser can know
-    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _read(folder: str, config: ServerConfig) -> tuple[dict[str, Any], str | None]:
@@ -245,7 +246,7 @@ def _read(folder: str, config: ServerConfig) -> tuple[dict[str, Any], str | None
     from serve.api.defaults import generation_defaults
     from serve.api.renderer import TemplateFileError, read_template
 
-    defaults = generation_defaults(folder, config.generation_config)
+    defaults = generation_defaults(folder, config.generation_config, config.override_generation_config)
     try:
         return defaults, None if config.chat_template is None else read_template(config.chat_template)
     except TemplateFileError as error:

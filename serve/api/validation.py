@@ -115,7 +115,7 @@ async def chat(body: ChatRequest, model: Model) -> Job:
             prompt_logprobs=prompt_logprobs,
             names={"logprobs": "top_logprobs", "max_tokens": name},
         )
-    role = conversation.role(body)
+    role = conversation.role(body, model)
     return Job(
         prompts=[prompt],
         params=[params],

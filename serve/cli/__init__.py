@@ -38,6 +38,12 @@ def _parser() -> Parser:
         help="a folder with config.json, model.safetensors and tokenizer.json, or a GGUF file",
     )
     parser.add_argument("--config", metavar="FILE", help="these flags as YAML; those of the command line count first")
+    parser.add_argument(
+        "--engine",
+        choices=["native", "vllm"],
+        default="native",
+        help="vllm: check the folder and become `vllm serve` with these flags and all of vLLM's (docs/production.md)",
+    )
     http.add(parser.add_argument_group("HTTP"))
     guards.add(parser.add_argument_group("who may connect"))
     answers.add(parser.add_argument_group("answers"))
@@ -59,8 +65,14 @@ def _given(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 
 def _configs(given: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
-    """Each setting is the flag of its name."""
+    """Each setting is the flag of its name. Raises UsageError for flags that contradict each other."""
     flags: dict[str, Any] = vars(given)
+    if given.ssl_keyfile is not None and given.ssl_certfile is None:
+        raise UsageError("--ssl-keyfile needs --ssl-certfile, the certificate that it is the key of")
+    if (given.fingerprint_mode == "custom") != (given.fingerprint_value is not None):
+        raise UsageError("--fingerprint-mode custom and --fingerprint-value TEXT need each other")
+    if given.num_gpu_blocks_override is not None and given.kv_cache_memory_bytes is not None:
+        raise UsageError("--num-gpu-blocks-override and --kv-cache-memory-bytes both say how large the cache is")
     proposals = given.speculative_config or Lookup(0, 5, 5)
     speculation = {
         "speculative": proposals.tokens,

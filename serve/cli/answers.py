@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import _ArgumentGroup as Group
 
-from serve.cli.types import integer
+from serve.cli.types import integer, json_object
 
 
 def add(answers: Group) -> None:
@@ -16,6 +16,12 @@ def add(answers: Group) -> None:
         help="auto: the folder's generation_config.json gives sampling defaults; vllm: none; or a folder",
     )
     answers.add_argument(
+        "--override-generation-config",
+        type=json_object,
+        metavar="JSON",
+        help='sampling defaults that count before those, as {"temperature": 0.5}',
+    )
+    answers.add_argument(
         "--chat-template",
         metavar="FILE",
         help="Jinja template that makes a prompt of messages (default: the model's own)",
@@ -24,5 +30,30 @@ def add(answers: Group) -> None:
         "--trust-request-chat-template", action="store_true", help="accept a chat_template that comes with a request"
     )
     answers.add_argument(
+        "--default-chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, for requests that set no other value",
+    )
+    answers.add_argument("--response-role", default="assistant", metavar="ROLE", help="who speaks the answer of a chat")
+    answers.add_argument(
+        "--return-tokens-as-token-ids",
+        action="store_true",
+        help='log-probabilities name tokens as "token_id:5", unless a request asks otherwise',
+    )
+    answers.add_argument(
         "--enable-prompt-tokens-details", action="store_true", help="usage says how many prompt tokens were cached"
     )
+    answers.add_argument(
+        "--enable-force-include-usage", action="store_true", help="every chunk of a stream has its usage"
+    )
+    answers.add_argument(
+        "--stream-interval", type=integer(1), default=1, metavar="TOKENS", help="tokens in a chunk after the first"
+    )
+    answers.add_argument(
+        "--fingerprint-mode",
+        choices=["full", "hash", "custom", "none"],
+        default="full",
+        help="system_fingerprint: version and a hash of the engine's settings; --fingerprint-value; or null",
+    )
+    answers.add_argument("--fingerprint-value", metavar="TEXT", help="what --fingerprint-mode custom shows")

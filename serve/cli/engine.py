@@ -11,6 +11,9 @@ from serve.cli.types import integer, length, lookup
 def add(engine: Group) -> None:
     """Adds the flags; each is a field of EngineConfig under its name, --speculative-config three of them."""
     engine.add_argument(
+        "--tokenizer", metavar="FOLDER", help="a folder with another tokenizer.json (default: the model's own)"
+    )
+    engine.add_argument(
         "--dtype",
         choices=["auto", "float32", "float", "bfloat16", "float16", "half"],
         default="auto",
@@ -31,6 +34,9 @@ def add(engine: Group) -> None:
         type=integer(1),
         metavar="BYTES",
         help="size of the KV cache, as 512M or 4G (default: from the free memory)",
+    )
+    engine.add_argument(
+        "--num-gpu-blocks-override", type=integer(2), metavar="BLOCKS", help="size of the KV cache in blocks, instead"
     )
     engine.add_argument("--block-size", type=integer(1, 4096), default=16, help="tokens in a block of the cache")
     engine.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of the requests that bring none")

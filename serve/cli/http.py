@@ -6,11 +6,17 @@ from argparse import _ArgumentGroup as Group
 
 from serve.cli.types import integer, seconds
 
+LEVELS = ["critical", "error", "warning", "info", "debug", "trace"]
+
 
 def add(http: Group) -> None:
     """Adds the flags; each is a field of ServerConfig under its name."""
     http.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 is every interface")
     http.add_argument("--port", type=integer(0, 65535), default=8000, help="0 takes a free one and prints it")
+    http.add_argument("--uds", metavar="PATH", help="a Unix socket to bind in place of host and port")
+    http.add_argument("--ssl-certfile", metavar="FILE", help="certificate (PEM): the server speaks HTTPS")
+    http.add_argument("--ssl-keyfile", metavar="FILE", help="its key, where that is in a file of its own")
+    http.add_argument("--root-path", default="", metavar="PATH", help="the path under which a proxy shows this server")
     http.add_argument(
         "--served-model-name",
         nargs="+",
@@ -27,8 +33,19 @@ def add(http: Group) -> None:
     http.add_argument(
         "--max-num-queued-reqs", type=integer(0), default=1024, help="sequences that may wait; more are answered 503"
     )
+    http.add_argument(
+        "--max-num-queued-tokens",
+        type=integer(1),
+        metavar="TOKENS",
+        help="prompt tokens that may wait for a first token; while there are as many, others are answered 503",
+    )
     http.add_argument("--max-body-bytes", type=integer(1), default=8 << 20, help="larger bodies are answered 413")
     http.add_argument(
         "--shutdown-timeout", type=seconds, default=25.0, help="seconds that running requests get on SIGTERM or Ctrl-C"
     )
     http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
+    http.add_argument(
+        "--uvicorn-log-level", choices=LEVELS, default="warning", help="from info on, each HTTP request is a line"
+    )
+    http.add_argument("--disable-uvicorn-access-log", action="store_true", help="but not with this")
+    http.add_argument("--disable-fastapi-docs", action="store_true", help="no /docs, /redoc and /openapi.json")

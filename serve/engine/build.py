@@ -44,12 +44,12 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
     dtype, note = choose_dtype(config.dtype, config.folder, device)
     try:
         model = pretrained.load(config.folder, dtype, device)
-        tokenizer = tokenizer or pretrained.load_tokenizer(config.folder)
+        tokenizer = tokenizer or pretrained.load_tokenizer(config.tokenizer or config.folder)
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
         raise SetupError(f"The weights in {config.folder} do not fit the memory of this machine ({device}).") from None
-    _check_vocabulary(model.config)
+    _check_vocabulary(model.config, tokenizer if config.tokenizer else None)
     parameters = sum(p.numel() for p in model.parameters())
     loaded = time.perf_counter()
     model, model_note = prepare(model, config, device)
@@ -105,11 +105,16 @@ def build(config: EngineConfig, tokenizer: Tokenizer | None = None) -> tuple[Eng
     )
 
 
-def _check_vocabulary(config: Any) -> None:
+def _check_vocabulary(config: Any, tokenizer: Tokenizer | None) -> None:
+    """`tokenizer`: another than the model's own."""
     written = getattr(config, "target_vocab_size", config.vocab_size)
     if written != config.vocab_size:
         raise SetupError(
             f"The model reads {config.vocab_size} tokens and writes {written}; to be served it needs one vocabulary."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise SetupError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: it is another model's."
         )
 
 

@@ -44,17 +44,20 @@ def size_cache(context: int, per_block: int, config: EngineConfig, device: str, 
     size, asked, free = config.block_size, config.kv_cache_memory_bytes, free_bytes(device)
     alone = -(-sides * longest // size)  # blocks of the longest sequence; one more is the null block
     notes = []
+    flag = f"--kv-cache-memory-bytes {asked}"
+    if config.num_gpu_blocks_override is not None:
+        flag = f"--num-gpu-blocks-override {config.num_gpu_blocks_override}"
+        asked = config.num_gpu_blocks_override * per_block
     if asked is None:
         available, source = int(FREE_SHARE * free), "the memory that is free"
     else:
-        available, source = asked, f"--kv-cache-memory-bytes {asked}"
+        available, source = asked, flag
         if config.max_model_len is not None and asked // per_block - 1 < alone:
             raise SetupError(_needed(longest, alone, per_block, source, asked, asked // per_block - 1, size, sides))
         if asked > MOST_SHARE * free:
             available, source = int(MOST_SHARE * free), "the memory that is free"
             notes.append(
-                f"The cache has {available} bytes and not the {asked} of --kv-cache-memory-bytes: "
-                f"only {free} bytes of memory are free."
+                f"The cache has {available} bytes and not the {asked} of {flag}: only {free} bytes of memory are free."
             )
     fits = available // per_block - 1
     blocks = min(fits, alone * config.max_num_seqs)

@@ -1,7 +1,8 @@
 """What the API process and the engine process say to each other: msgspec structs, one frame of msgpack a message.
 
-To the engine: `Configure` (once, first), then `Add`, `AddBeam` and `Abort`. From it: `Words`, then `Ready` (or `Failed`
-in place of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing is pickled.
+To the engine: `Configure` (once, first), then `Grammar`, `Add`, `AddBeam` and `Abort`. From it: `Words`, then `Ready`
+(or `Failed` in place of either), then one `Step` for each step of the engine. Nothing here imports torch, and nothing
+is pickled.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that the engine is told at its start; names and meanings are vLLM's flags."""
 
     folder: str  # or a GGUF file
+    tokenizer: str | None = None  # a folder or GGUF file with another tokenizer
     dtype: str = "auto"
     max_model_len: int | None = None  # tokens; None: the model's context, or what the cache holds if that is less
     max_num_seqs: int = 128  # requests that run at once
     max_num_batched_tokens: int = 2048  # tokens a step
     kv_cache_memory_bytes: int | None = None  # None: from the memory that is free
+    num_gpu_blocks_override: int | None = None  # blocks of the cache, in place of that
     block_size: int = 16  # tokens a block
     seed: int = 0  # of the requests that bring no seed of their own
     enable_prefix_caching: bool = True
@@ -31,6 +34,30 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     speculative: int = 0  # tokens proposed a step, found by prompt lookup; 0: none
     prompt_lookup_max: int = 5  # the longest and the shortest n-gram that is looked for
     prompt_lookup_min: int = 5
+
+
+class Grammar(msgspec.Struct, tag="grammar", frozen=True):
+    """What the answers of sequences that come after this, and name its key, must obey. `text` is llguidance's: Lark, or
+    its JSON; it has been compiled once, aside, within limits.
+    """
+
+    key: str
+    text: str
+
+
+class Constraint(msgspec.Struct, array_like=True, frozen=True):
+    """What holds for a sequence's tokens beside its parameters: a grammar, by its key, for those that come after the
+    token `end` (None: for all).
+
+    With a `budget`, `end` comes after so many tokens of thinking at the latest; thinking begins after the token
+    `start`, or has begun in the prompt.
+    """
+
+    grammar: str | None = None
+    end: int | None = None
+    start: int | None = None
+    budget: int | None = None
+    thinking: bool = False
 
 
 class Add(msgspec.Struct, tag="add", frozen=True):
@@ -43,6 +70,7 @@ class Add(msgspec.Struct, tag="add", frozen=True):
     generate: bool = True  # False: nothing is drawn, the prompt's log-probabilities alone are wanted
     priority: int = 0  # the lower goes first, where scheduling_policy is "priority"
     cache_salt: str | None = None  # prefixes are found only by requests with the same salt
+    constraint: Constraint | None = None
 
 
 class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +196,7 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True):
     timings: Timings | None = None
     cumulative_logprob: float | None = None  # of all tokens, in nats; told where a beam search has compared it
     cached: int = 0  # prompt tokens that were found in the prefix cache: told once, in the first output
+    impossible: bool = False  # the error is what the request asks for, and no fault of the engine
 
 
 class Stats(msgspec.Struct, array_like=True):
@@ -195,5 +224,5 @@ class Step(msgspec.Struct, tag="step"):
     stats: Stats
 
 
-ToEngine = Add | AddBeam | Abort | Configure
+ToEngine = Add | AddBeam | Abort | Configure | Grammar
 FromEngine = Words | Ready | Failed | Step

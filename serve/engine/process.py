@@ -20,7 +20,18 @@ from typing import Any
 
 import msgspec
 
-from serve.engine.messages import Abort, Add, AddBeam, Configure, EngineConfig, Failed, Stats, Step, ToEngine
+from serve.engine.messages import (
+    Abort,
+    Add,
+    AddBeam,
+    Configure,
+    EngineConfig,
+    Failed,
+    Grammar,
+    Stats,
+    Step,
+    ToEngine,
+)
 
 HEADER = struct.Struct("<I")  # the length of the frame that follows, in bytes
 CHUNK = 1 << 20
@@ -117,7 +128,7 @@ def _serve(channel: Channel) -> None:
     configure, *early = channel.receive(wait=True)
     assert isinstance(configure, Configure)
     try:
-        tokenizer = pretrained.load_tokenizer(configure.config.folder)
+        tokenizer = pretrained.load_tokenizer(configure.config.tokenizer or configure.config.folder)
         channel.send(pack(tokenizer))
         engine, ready = build(configure.config, tokenizer)
     except ValueError as error:  # FolderError, TokenizerError, SetupError: sentences for who starts the server
@@ -135,6 +146,8 @@ def _serve(channel: Channel) -> None:
                 engine.add(message)
             elif isinstance(message, Abort):
                 engine.abort(message.ids)
+            elif isinstance(message, Grammar):
+                engine.learn(message)
         early = []
         # Without work, what came were aborts: the server learns that nothing runs any more.
         channel.send(engine.step() if engine.has_work else Step([], engine.fill(Stats())))

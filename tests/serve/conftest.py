@@ -183,8 +183,9 @@ def launch(folder: Path, log: Path, *flags: str) -> Server:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         for line in log.read_text().splitlines():
-            if line.startswith("http://127.0.0.1:") and line.endswith("after the start."):
-                return Server(process, int(line.split()[0].rsplit(":", 1)[1]), log)
+            if line.startswith(("http", "unix:")) and line.endswith("after the start."):
+                port = line.split()[0].rsplit(":", 1)[1]
+                return Server(process, int(port) if port.isdigit() else 0, log)
         time.sleep(0.02)
     process.kill()
     pytest.fail(f"the server did not come up (exit status {process.wait()}):\n{log.read_text()[-3000:]}")

@@ -13,7 +13,7 @@ from serve.api.server import ServerConfig
 from serve.cli import _parser, parse
 from serve.engine.messages import EngineConfig
 
-OWN = {"help", "config", "speculative_config"}  # no setting of that name comes of these
+OWN = {"help", "config", "engine", "speculative_config"}  # no setting of that name comes of these
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
