@@ -1,8 +1,8 @@
 """Our own decoder inside vLLM: the mathematics of lm/decoder.py in vLLM's tensor-parallel layers and paged attention.
 
 The names of modules are lm.decoder's, which are Llama's; q, k and v are one product here, and so are gate and up.
-Rotary angles come from lm.positions, so that every scaling is ours; windows, norms, activations, biases and the soft cap
-are vLLM's layers with our numbers. `serve.on_vllm.checks` refuses beforehand what these cannot do.
+Rotary angles come from lm.positions, so that every scaling is ours; windows, norms, activations, biases and the soft
+cap are vLLM's layers with our numbers. `serve.on_vllm.checks` refuses beforehand what these cannot do.
 """
 
 from __future__ import annotations
