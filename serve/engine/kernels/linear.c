@@ -5,8 +5,8 @@
 // as the processor's own instruction adds a pair), so that a row has the same bits whoever shares the product.
 //
 // Decoding few rows reads each weight once and multiplies it a few times: memory is the limit, so the weights lie as
-// they are read. Layout: blocks of WIDTH output channels; of each block, STEP inputs of every channel together, then the
-// next STEP.
+// they are read, and each is read once, by all rows together, while those of the next tile are fetched. Layout: blocks of
+// WIDTH output channels; of each block, STEP inputs of every channel together, then the next STEP.
 
 #include <omp.h>
 
@@ -23,6 +23,7 @@
 #else
 #define VECTORS 2
 #endif
+#define MOST (ROWS * VECTORS)  // or up to so many rows x 1 block
 
 INLINE int64_t step_of(int is_bf16) { return is_bf16 && PAIRS ? 2 : 1; }
 INLINE int64_t steps_of(int64_t inputs, int is_bf16) { return (inputs + step_of(is_bf16) - 1) / step_of(is_bf16); }
@@ -96,12 +97,12 @@ INLINE vf dot(vf weights, vf numbers, vf acc, int is_bf16) {
 }
 
 // The sums of one tile, `rows` rows by `vectors` blocks; both, and the type, are constants where it is inlined.
-// Meanwhile what lies `ahead`, `lines` of 64 bytes a step, comes into a near cache.
+// Meanwhile what lies `ahead`, `bytes` of it a step, comes into a near cache.
 INLINE void sum_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
-                     vf sums[ROWS][VECTORS], const char *ahead, int lines) {
+                     vf *sums, const char *ahead, int64_t bytes) {
     const int64_t apart = steps * bytes_of_step(is_bf16);
-    vf acc[ROWS][VECTORS];
-#pragma GCC unroll 6
+    vf acc[MOST][VECTORS];
+#pragma GCC unroll 24
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) acc[r][v] = splat(0);
@@ -109,43 +110,54 @@ INLINE void sum_tile(const char *weight, const char *numbers, int64_t steps, int
         vf w[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) w[v] = weights_at(weight + v * apart, step, is_bf16);
-        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (step * lines + i) * LINE, 0, 2);
-#pragma GCC unroll 6
+        for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(ahead + step * bytes + i, 0, 2);
+#pragma GCC unroll 24
         for (int r = 0; r < rows; r++) {
             const vf x = numbers_at(numbers + r * steps * 4, step);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) acc[r][v] = dot(w[v], x, acc[r][v], is_bf16);
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 24
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = acc[r][v];
+        for (int v = 0; v < vectors; v++) sums[r * VECTORS + v] = acc[r][v];
 }
 
 static void sum_any_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
-                         vf sums[ROWS][VECTORS], const char *ahead, int lines) {
+                         vf *sums, const char *ahead, int64_t bytes) {
 #define TILE(R, V, B)                                                       \
     case ((R) * 8 + (V)) * 2 + (B):                                         \
-        sum_tile(weight, numbers, steps, R, V, B, sums, ahead, lines);      \
+        sum_tile(weight, numbers, steps, R, V, B, sums, ahead, bytes);      \
         return;
 #define TILES(V, B) TILE(1, V, B) TILE(2, V, B) TILE(3, V, B) TILE(4, V, B) TILE(5, V, B) TILE(6, V, B)
+#define MORE(V, B) TILE(7, V, B) TILE(8, V, B) TILE(9, V, B) TILE(10, V, B) TILE(11, V, B) TILE(12, V, B)
+#define MOST_OF(V, B) TILE(13, V, B) TILE(14, V, B) TILE(15, V, B) TILE(16, V, B) TILE(17, V, B) TILE(18, V, B) \
+    TILE(19, V, B) TILE(20, V, B) TILE(21, V, B) TILE(22, V, B) TILE(23, V, B) TILE(24, V, B)
     switch ((rows * 8 + vectors) * 2 + is_bf16) {
         TILES(1, 0)
         TILES(1, 1)
         TILES(2, 0)
         TILES(2, 1)
+        MORE(1, 0)
+        MORE(1, 1)
 #if VECTORS == 4
         TILES(4, 0)
         TILES(4, 1)
+        MORE(2, 0)
+        MORE(2, 1)
+        MOST_OF(1, 0)
+        MOST_OF(1, 1)
 #endif
     }
+#undef MOST_OF
+#undef MORE
 #undef TILES
 #undef TILE
 }
 
 // From the sums of one tile to the output: bias, silu(gate) * up, residual.
-static void finish_tile(const FloatMap *map, vf sums[ROWS][VECTORS], const void *residual, void *out, int64_t row,
+static void finish_tile(const FloatMap *map, const vf *sums, const void *residual, void *out, int64_t row,
                         int rows, int64_t block, int vectors) {
     const int64_t outputs = map->outputs;
     for (int r = 0; r < rows; r++) {
@@ -153,7 +165,7 @@ static void finish_tile(const FloatMap *map, vf sums[ROWS][VECTORS], const void 
         for (int v = 0; v < vectors; v++) {
             const int64_t b = block + v, place = map->gated ? b / 2 : b, up = map->gated && b % 2;
             const int64_t channel = place * WIDTH, n = outputs - channel, at = (row + r) * outputs + channel;
-            vf y = sums[r][v];
+            vf y = sums[r * VECTORS + v];
             if (map->bias) y += load_some(map->bias, (up ? outputs : 0) + channel, n, 0);
             if (map->gated && !up) {
                 gate = silu(y);
@@ -166,25 +178,46 @@ static void finish_tile(const FloatMap *map, vf sums[ROWS][VECTORS], const void 
     }
 }
 
-// Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass; while those after
-// the first few pass, which waited for the weights, the next few blocks are fetched.
-static void blocks(const FloatMap *map, const char *numbers, const void *residual, void *out, int64_t rows, int64_t block,
-                   int64_t end) {
+// Blocks [block, end) of few rows: a tile is all of them, beside as many blocks as leave them room in the registers.
+// What the next tile multiplies is fetched meanwhile.
+static void few_rows(const FloatMap *map, const char *numbers, const void *residual, void *out, int rows, int64_t block,
+                     int64_t end) {
+    const int is_bf16 = map->is_bf16 != 0, room = MOST / rows >= VECTORS ? VECTORS : MOST / rows >= 2 ? 2 : 1;
+    const int64_t steps = steps_of(map->inputs, is_bf16), size = steps * bytes_of_step(is_bf16);
+    vf sums[MOST * VECTORS];
+    while (block < end) {
+        const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
+        for (int v = 0; v < vectors;) {
+            const int now = vectors - v < room ? vectors - v : room;
+            const char *weight = (const char *)map->weight + (block + v) * size;
+            sum_any_tile(weight, numbers, steps, rows, now, is_bf16, sums + v, weight + now * size,
+                         now * bytes_of_step(is_bf16));
+            v += now;
+        }
+        finish_tile(map, sums, residual, out, 0, rows, block, vectors);
+        block += vectors;
+    }
+}
+
+// Blocks [block, end) of many rows. The weights of a few blocks stay in a near cache while the rows pass; while those
+// after the first few pass, which waited for the weights, the next few blocks are fetched.
+static void many_rows(const FloatMap *map, const char *numbers, const void *residual, void *out, int64_t rows,
+                      int64_t block, int64_t end) {
     const int is_bf16 = map->is_bf16 != 0;
     const int64_t steps = steps_of(map->inputs, is_bf16), tiles = (rows + ROWS - 1) / ROWS;
-    vf sums[ROWS][VECTORS];
+    vf sums[MOST * VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
         const char *weight = (const char *)map->weight + block * steps * bytes_of_step(is_bf16);
         const int64_t size = vectors * steps * bytes_of_step(is_bf16);
         const int64_t part = tiles > 1 && size <= NEAR ? (size + tiles - 2) / (tiles - 1) : 0;  // bytes a tile
-        const int lines = (int)((part + steps * LINE - 1) / (steps * LINE));                     // and a step of it
+        const int64_t bytes = (part + steps * LINE - 1) / (steps * LINE) * LINE;                 // and a step of it
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
             const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
-            const int64_t from = (tile - 1) * lines * steps * LINE;
+            const int64_t from = (tile - 1) * bytes * steps;
             const int fetching = tile > 0 && from < size && block + vectors < end;
             sum_any_tile(weight, numbers + row * steps * 4, steps, count, vectors, is_bf16, sums, weight + size + from,
-                         fetching ? lines : 0);
+                         fetching ? bytes : 0);
             finish_tile(map, sums, residual, out, row, count, block, vectors);
             row += count;
         }
@@ -194,6 +227,7 @@ static void blocks(const FloatMap *map, const char *numbers, const void *residua
 
 // x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs]). scratch: rows * (inputs + 1) * 4 bytes.
 API void heed_linear(const FloatMap *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch) {
+    if (rows == 0) return;
     const int is_bf16 = map->is_bf16 != 0;
     const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
     // Rows that lie as they are multiplied are read where they are.
@@ -210,7 +244,9 @@ API void heed_linear(const FloatMap *map, const void *x, const void *residual, v
         }
         // All rows are prepared here. Each thread has an even part of the blocks.
         const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-        blocks(map, as_they_are ? x : scratch, residual, out, rows, units * me / threads * unit,
-               units * (me + 1) / threads * unit);
+        const int64_t first = units * me / threads * unit, end = units * (me + 1) / threads * unit;
+        const void *numbers = as_they_are ? x : scratch;
+        if (rows <= MOST) few_rows(map, numbers, residual, out, (int)rows, first, end);
+        else many_rows(map, numbers, residual, out, rows, first, end);
     }
 }

@@ -15,7 +15,7 @@ from serve.engine.linears import FusedLinear, PlainLinear, Scratch
 VARIANTS = [kernels for variant in NEEDS if (kernels := load(variant)) is not None]
 NAMES = [kernels.variant for kernels in VARIANTS]
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 16, 33, 64, 100)
+ROWS = (1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 16, 17, 24, 25, 33, 64, 100)
 SIZES = ((96, 64), (33, 77), (64, 2048), (512, 48), (16, 1))  # outputs, inputs
 
 kernels_and_dtypes = pytest.mark.parametrize(
