@@ -249,6 +249,7 @@ def test_the_ranges_contain_what_vllm_accepts() -> None:
         "pydantic": "2.14.3",
         "openai": "2.25.0",
         "prometheus-client": "0.26.0",
+        "llguidance": "1.7.6",
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ours = {Requirement(line).name: Requirement(line).specifier for line in project["dependencies"]}

@@ -76,6 +76,8 @@ class Drafter:
                 lookup = self._lookups[request] = PromptLookup(request.prompt, longest, shortest)
             lookup.follow(request.output)
             request.draft = lookup.propose(min(tokens, request.limit - len(request.output) - 1))
+            if request.rule is not None:
+                request.draft = request.rule.agreed(request.draft)
 
     def tidy(self) -> None:
         """Lets go of the sequences that have ended."""

@@ -1,7 +1,8 @@
 """What drawn tokens make of a request: its text, and whether it has come to an end.
 
-A sequence ends by EOS, a stop token, a stop string, its length or a loop that it is caught in, looked for in this order
-and token by token: of several tokens that a step gave, those after the end are as if they had not been drawn.
+A sequence ends by EOS, a stop token, a stop string, its grammar, its length or a loop that it is caught in, looked for
+in this order and token by token: of several tokens that a step gave, those after the end are as if they had not been
+drawn. The EOS at which a grammar ends is an end for those, too, who ignore EOS or want more tokens.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import time
 from collections.abc import Sequence
 
 from serve.engine.detokenizer import Match
+from serve.engine.grammar import Impossible
 from serve.engine.messages import Output, Timings
 from serve.engine.requests import Request
 from serve.engine.sampler import NOTHING, Drawn
 
+NO_TOKEN = "allowed_token_ids, bad_words, min_tokens and the grammar leave no token to go on with."
+
 
 def take(request: Request, drawn: Sequence[Drawn], eos: Sequence[int]) -> Output:
     """Adds tokens to the request's output, up to the one that ends it. `eos`: the ids that end a sequence, of which
-    the first is no stop reason. Raises ValueError where no token could be drawn.
+    the first is no stop reason. Raises Impossible where no token could be drawn.
     """
     output = Output(id=request.id)
     if not request.first_token:
@@ -25,8 +29,10 @@ def take(request: Request, drawn: Sequence[Drawn], eos: Sequence[int]) -> Output
     if not request.output:
         output.prompt_logprobs, output.cached = request.prompt_logprobs, request.cached
     for token, logprobs in drawn:
-        if token == NOTHING:
-            raise ValueError("allowed_token_ids, bad_words and min_tokens leave no token to go on with.")
+        if request.failure is not None or token == NOTHING:
+            raise Impossible(request.failure or NO_TOKEN)
+        if request.rule is not None:
+            request.rule.accept(token)
         request.output.append(token)
         output.tokens.append(token)
         if logprobs is not None:
@@ -48,9 +54,10 @@ def _read(request: Request, output: Output, token: int, eos: Sequence[int]) -> N
     """Adds a token's text; sets finish_reason if the token is the last."""
     params = request.params
     length = len(request.output)
-    enough = length >= params.min_tokens
+    complete = request.rule is not None and request.rule.ended
+    enough = complete or length >= params.min_tokens
     if enough:
-        ends = not params.ignore_eos and token in eos
+        ends = (complete or not params.ignore_eos) and token in eos
         if ends or token in params.stop_token_ids:
             # The token that stops is shown as an id; as text only on request.
             text = request.detokenizer.feed(token) if params.include_stop_str_in_output else ""
@@ -66,7 +73,9 @@ def _read(request: Request, output: Output, token: int, eos: Sequence[int]) -> N
         text = passed
     output.text += text
     loop = params.repetition_detection
-    if length >= request.limit:
+    if complete:  # of a model without EOS
+        _end(request, output, "stop")
+    elif length >= request.limit:
         _end(request, output, "length")
     elif enough and loop is not None and loop.found(request.output):
         _end(request, output, "repetition", "repetition_detected")

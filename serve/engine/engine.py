@@ -24,8 +24,10 @@ from serve.engine.beams import Beams
 from serve.engine.blocks import BlockManager
 from serve.engine.draft import Drafter, Speculation
 from serve.engine.gpu_runner import paged_runner
+from serve.engine.grammar import Grammars, Impossible
+from serve.engine.masks import Masks
 from serve.engine.memory import ran_out
-from serve.engine.messages import Add, AddBeam, Output, Stats, Step
+from serve.engine.messages import Add, AddBeam, Grammar, Output, Stats, Step
 from serve.engine.pages import Pages
 from serve.engine.requests import BeamRequest, Request, Status
 from serve.engine.rows import RowsRunner
@@ -34,6 +36,7 @@ from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Scheduler, Share
 
 NOT_A_NUMBER = "The model's output for this request is not a number; its weights or this prompt make it overflow."
+COMPILING = 0.01  # seconds that a step waits for grammars, where it has nothing else to do
 NO_MEMORY = "There is not enough memory to compute this request, even alone; a shorter one may do."
 
 
@@ -88,6 +91,9 @@ class Engine:
         )
         self.beams = Beams(model, self.eos)
         self._drafter = None if speculation is None or self.runner.source else Drafter(speculation)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size, self.eos)
+        self._masks = Masks(self._grammars.vocabulary.mask_words)
+        self._compiling: list[Request] = []  # they wait for their grammar before they queue
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []  # between steps: refused on arrival
         self._admission = Admission(
@@ -103,7 +109,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._ended)
+        return self.scheduler.has_work or bool(self._ended or self._compiling)
+
+    def learn(self, grammar: Grammar) -> None:
+        """Makes a grammar known to those who come after; it never raises."""
+        self._grammars.learn(grammar)
 
     def add(self, message: Add | AddBeam) -> None:
         """Queues a request. What cannot be ends at once, with an error in the next step's outputs; it never raises."""
@@ -113,13 +123,18 @@ class Engine:
                 if id in self._requests:
                     raise ValueError(f"a request with the id {id!r} is already running.")
             request = self._admission.request(message)
+            if isinstance(message, Add) and message.constraint is not None:
+                request.rule = self._grammars.rule(message.constraint)
         except Exception as error:  # whatever it is, it is this request's own
             expected = isinstance(error, (ValueError, TypeError, OverflowError))
-            sentence = str(error) if expected else _sentence(error)
-            self._ended += [Output(id=id, finish_reason="error", error=sentence) for id in ids]
+            sentence, impossible = str(error) if expected else _sentence(error), isinstance(error, Impossible)
+            self._ended += [Output(id=id, finish_reason="error", error=sentence, impossible=impossible) for id in ids]
             return
         self._requests |= dict.fromkeys(ids, request)
-        self.scheduler.add(request)
+        if request.rule is None:
+            self.scheduler.add(request)
+        else:
+            self._compiling.append(request)
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forgets requests, and frees what they hold at once; ids that are not known are passed over."""
@@ -139,6 +154,7 @@ class Engine:
     def step(self) -> Step:
         """Advances every sequence that has a share in this step; see the module's docstring."""
         began = time.perf_counter()
+        self._begin()
         outputs, self._ended = self._ended, []
         preemptions, prefixes = self.scheduler.preemptions, self.scheduler.prefixes
         queries, hits, seconds = prefixes.queries, prefixes.hits, prefixes.seconds
@@ -163,9 +179,22 @@ class Engine:
         stats.seconds = time.perf_counter() - began
         return Step(outputs, self.fill(stats))
 
+    def _begin(self) -> None:
+        """Queues those whose grammar has been compiled."""
+        if self._compiling and not self.scheduler.has_work:
+            self._compiling[0].rule.wait(COMPILING)
+        for request in [request for request in self._compiling if request.rule.ready]:
+            try:
+                request.rule.begin()
+            except Exception as error:  # of the grammar: it fails alone
+                self._ended.append(self._fail(request, error))
+                continue
+            self._compiling.remove(request)
+            self.scheduler.add(request)
+
     def fill(self, stats: Stats) -> Stats:
         """Sets how full the engine is now."""
-        stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
         stats.cache_usage = self.blocks.usage
         return stats
 
@@ -203,7 +232,7 @@ class Engine:
             try:
                 output = endings.take(request, tokens, self.eos)
             except Exception as error:  # of this request's own text or stops: it fails alone
-                outputs.append(self._fail(request, _sentence(error)))
+                outputs.append(self._fail(request, error))
                 continue
             # Of what was proposed, the cache holds what turned out to be so.
             self.scheduler.computed(share, min(before + len(tokens) - 1, request.known) - share.start)
@@ -239,7 +268,7 @@ class Engine:
         drawn: list[list[Drawn]] = []
         if requests:
             logits = forward.logits if len(rows) == row else forward.logits[rows]
-            drawn = sampler.draw(requests, counts, logits)
+            drawn = sampler.draw(requests, counts, logits, self._masks, self._grammars.vocabulary.eos)
         found = dict(zip(requests, drawn, strict=True))
         self.runner.ahead(found, self.blocks.grow)
         return found
@@ -273,15 +302,22 @@ class Engine:
             self._forget(request)
         return failed
 
-    def _fail(self, request: Request, sentence: str) -> Output:
-        return self._ended_with(request, Output(id=request.id, finish_reason="error", error=sentence))
+    def _fail(self, request: Request, error: Exception | str) -> Output:
+        impossible = isinstance(error, Impossible)
+        sentence = str(error) if impossible or isinstance(error, str) else _sentence(error)
+        output = Output(id=request.id, finish_reason="error", error=sentence, impossible=impossible)
+        return self._ended_with(request, output)
 
     def _ended_with(self, request: Request, output: Output) -> Output:
         self._forget(request)
         return output
 
     def _forget(self, request: Request) -> None:
-        self.scheduler.finish(request)
+        if request in self._compiling:
+            self._compiling.remove(request)
+            request.status = Status.FINISHED
+        else:
+            self.scheduler.finish(request)
         for id in _ids(request):
             self._requests.pop(id, None)
 

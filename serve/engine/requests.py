@@ -54,6 +54,8 @@ class Request:
 
     # The engine's: state of sampler, detokenizer and stop strings, what the prompt's own tokens were worth, times.
     draw: Any = None
+    rule: Any = None  # what its tokens must obey
+    failure: str | None = None  # why it cannot be obeyed
     detokenizer: Any = None
     stops: Any = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None

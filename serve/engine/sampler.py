@@ -1,9 +1,12 @@
 """Logits to tokens and to what the client may see of the probabilities; the arithmetic is lm's (adjust, sampling).
 
-The order, which is vLLM's: (1) log-probabilities, of the logits as the model gave them; (2) allowed tokens, bad words,
-minimum length, logit bias, penalties; (3) greedy rows take the largest; the others are divided by the temperature, cut
-by min-p, top-k and top-p, and drawn from. A draw depends on the logits, the request's seed and the index of the token
-alone, never on the batch: so a token drawn beside a draft is the one that would have been drawn without it.
+The order, which is vLLM's: (1) tokens that a grammar does not let come are taken out; (2) log-probabilities, of what is
+left of the logits as the model gave them; (3) allowed tokens, bad words, minimum length, logit bias, penalties; (4)
+greedy rows take the largest; the others are divided by the temperature, cut by min-p, top-k and top-p, and drawn from.
+A draw depends on the logits, the request's seed and the index of the token alone, never on the batch: so a token drawn
+beside a draft is the one that would have been drawn without it.
+
+Where a grammar leaves nothing but EOS, that is drawn, whatever (3) says of it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from lm.greatest import greatest
 from lm.params import SamplingParams
 from lm.sampling import Uniforms, sample
 from lm.upload import upload
+from serve.engine.masks import Masks
 from serve.engine.messages import TokenLogprobs
 from serve.engine.requests import Request
 
@@ -53,13 +57,16 @@ class Drawn(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-def draw(requests: Sequence[Request], counts: Sequence[int], logits: Tensor) -> list[list[Drawn]]:
+def draw(
+    requests: Sequence[Request], counts: Sequence[int], logits: Tensor, masks: Masks | None = None, eos: int = 0
+) -> list[list[Drawn]]:
     """The tokens that each request goes on with, as many as the model agreed with its draft, and one more.
 
     logits fp32 [sum of counts, V], which are overwritten: for each request the row of its next token, then one after
     each token of its draft. A row is drawn from as if the draft before it stood in the output; from the first that is
-    not the draft's own on, they are of no worth.
+    not the draft's own on, they are of no worth. `masks` and `eos` are for requests that have a rule.
     """
+    final = [] if masks is None else masks.apply(requests, counts, logits)
     draws: list[Draw] = []
     rows: list[Row] = []
     ks: dict[tuple[int, ...] | int, list[int]] = {}  # what was asked for, and rows of whom
@@ -73,6 +80,8 @@ def draw(requests: Sequence[Request], counts: Sequence[int], logits: Tensor) -> 
             rows.append(own.row.ahead(request.draft[:ahead]) if ahead else own.row)
     raw = {shown: logits.index_select(0, upload(torch.tensor(asked), logits.device)) for shown, asked in ks.items()}
     logits = adjust(logits, rows)
+    if final:
+        logits[upload(torch.tensor(final), logits.device), eos] = 0.0
     uniforms = [0.0] * len(rows)
     first = 0
     for request, count in zip(requests, counts, strict=True):
