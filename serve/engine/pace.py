@@ -1,9 +1,9 @@
 """How much of a prompt is read in a step while others wait for their next token: learned from what steps have taken.
 
 Somebody's stream pauses for as long as a step takes, and a step takes longer the more prompt it has beside the single
-tokens. So a prompt gets as many tokens in a step as take STRETCH - 1 times what the step would take without them: one
-long prompt makes the others' gaps STRETCH times as long. Each prompt gets a part of its own, so that a short one is
-not kept waiting by a long one before it, nor a crowd by its first.
+tokens. So a step has as many tokens for each prompt as take STRETCH - 1 times what the step would take without them:
+one long prompt makes the others' gaps STRETCH times as long. Where nobody is answered yet, each prompt of a crowd gets
+what takes SHORT seconds, and a step is of two of them. Which prompt has how much of that is the scheduler's to say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from serve.engine.scheduler import Share
 
 STRETCH = 1.6  # aimed at; well below 2, so that also the slowest of a hundred steps is not above it
-LEAST = 8  # tokens of a prompt in a step, however dear they seem
+LEAST = 2  # tokens of a prompt in a step, however dear they seem
+SHORT = 0.06  # seconds for a prompt's part of a step where others wait for theirs, and nobody for a next token
 TELLING = 32  # tokens of a prompt from which a step with no others tells what a token costs
 WEIGHT = 0.3  # of the newest measurement in what is believed
 FACTOR = 2.0  # a measurement counts as no more than this times, and no less than 1 / this of, what was believed
@@ -59,13 +60,13 @@ class Pace:
             self._token = seconds / prompt
 
     def part(self, single: int) -> int | None:
-        """How many of its tokens each prompt may have computed in a step with `single` tokens of those who decode.
-        None: as many as there is room for, as nobody would notice, or as nothing has been learned yet.
+        """How many tokens a step with `single` tokens of those who decode has for each prompt.
+        None: as many as there is room for, as nothing has been learned yet.
         """
         quiet = self._quiet(single)
-        if single == 0 or quiet is None or self._token is None:
+        if self._token is None or (single and quiet is None):
             return None
-        spare = (STRETCH - 1.0) * quiet
+        spare = (STRETCH - 1.0) * quiet if single and quiet else SHORT
         return max(LEAST, int(min(spare / max(self._token, 1e-9), 1e6)))
 
     def _quiet(self, single: int) -> float | None:

@@ -5,7 +5,9 @@ step spends a budget of tokens on letting the second catch up with the first:
 
 1. running requests first, in the order of their rank. Those who decode (one token is to be computed, and perhaps a
    draft that is proposed to follow it) have theirs reserved, so that nobody who is being answered waits for a prompt;
-   prompts get what is left, as far as the pace of the others allows (pace.py);
+   prompts get what is left, as far as the pace of the others allows (pace.py). Each brings a part; the first has its
+   own, and what the others bring goes to the one that lacks least, and on: so a crowd has its first tokens one after
+   the other, not all at its end, a short prompt does not wait for a long one, and nobody for ever;
 2. then those who wait, lowest rank first, while budget and seats are left and the whole of what they know fits the
    cache. What the cache holds of their beginning already (prefix.py) counts as computed. One whose beginning is just
    being computed for somebody else may let others pass until that is done.
@@ -101,7 +103,7 @@ class Scheduler:
         to what the share covers.
         """
         self._recover()
-        step = _Step(self.budget, self.pace, [request for request in self.running if _decodes(request)])
+        step = _Step(self.budget, self.pace, self.running, len(self.waiting))
         preemptions = self.preemptions
         index = 0
         while index < len(self.running):
@@ -227,14 +229,25 @@ class _Step:
     decode.
     """
 
-    def __init__(self, budget: int, pace: Pace, decoding: list[Request]) -> None:
+    def __init__(self, budget: int, pace: Pace, running: list[Request], waiting: int) -> None:
+        """running: in the order of rank; waiting: how many others there are."""
+        decoding = [request for request in running if _decodes(request)]
+        reading = [request for request in running if not _decodes(request) and not request.whole]
         single = sum(request.width for request in decoding)
         self.shares: list[Share] = []
         self.left = budget
         self.spare = budget - single
         self._decoding = set(decoding)
         self._part = pace.part(single)
-        self._allowance = 0
+        self._parts = len(reading)  # that are in the step for those who run already
+        self._more = budget  # parts that may be added for those who are admitted
+        if not decoding:
+            if len(reading) + waiting <= 1:
+                self._part = None  # nobody else would notice
+            self._parts = min(len(reading), 1 if waiting else 2)
+            self._more = 2 - self._parts
+        self._left_over = 0
+        self._own = self._divided(reading)
 
     def affordable(self, request: Request, start: int) -> int:
         """How many of its tokens from `start` can be computed in this step. To be asked once for each request."""
@@ -245,8 +258,12 @@ class _Step:
             return lacking if start + lacking >= request.whole and lacking <= self.spare else 0
         if self._part is None:
             return max(0, min(lacking, self.spare))
-        self._allowance += self._part
-        return max(0, min(lacking, self.spare, self._allowance))
+        if request in self._own:
+            return max(0, min(self._own[request], self.spare))
+        if self._more > 0:
+            self._more -= 1
+            self._left_over += self._part
+        return max(0, min(lacking, self.spare, self._left_over))
 
     def take(self, request: Request, count: int) -> None:
         start = request.computed
@@ -258,7 +275,24 @@ class _Step:
         else:
             self.left -= count
             self.spare -= count
-            self._allowance = max(0, self._allowance - count)
+            if request not in self._own:
+                self._left_over = max(0, self._left_over - count)
+
+    def _divided(self, reading: list[Request]) -> dict[Request, int]:
+        """Tokens of this step for each of them; what none of them needs is left over for those who are admitted."""
+        if self._part is None or not reading:
+            return {}
+        lacking = {request: request.known - request.computed for request in reading}
+        pool = self._part * self._parts
+        first = reading[0]
+        own = {first: min(lacking[first], self._part)}
+        pool -= own[first]
+        for request in sorted(reading, key=lambda request: (lacking[request], request.rank)):
+            more = min(lacking[request] - own.get(request, 0), pool)
+            own[request] = own.get(request, 0) + more
+            pool -= more
+        self._left_over = pool
+        return own
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 
 from lm.params import SamplingParams
 from serve.engine.blocks import BlockManager
-from serve.engine.pace import LEAST, STRETCH, Pace
+from serve.engine.pace import LEAST, SHORT, STRETCH, Pace
 from serve.engine.requests import Request
 from serve.engine.scheduler import Scheduler, Share
 
@@ -93,6 +93,48 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert not long.output
 
 
+@pytest.mark.parametrize("streams", [0, 3])
+def test_a_crowd_has_its_first_tokens_one_after_the_other(streams: int) -> None:
+    machine = Machine(fixed=0.011, single=0.0006, token=0.0004)
+    scheduler = served(machine, max(streams, 1))
+    for request in list(scheduler)[streams:]:
+        scheduler.finish(request)
+    crowd = [Request(id=f"new {index}", prompt=[100 + index] * 128, params=PARAMS) for index in range(16)]
+    for request in crowd:
+        scheduler.add(request)
+    now, first = 0.0, {}
+    while len(first) < len(crowd):
+        now += step(scheduler, machine)
+        for request in crowd:
+            if request.output:
+                first.setdefault(request.id, now)
+    assert list(first) == [request.id for request in crowd]  # alike: as they came
+    times = sorted(first.values())
+    assert times[7] < 0.65 * times[-1]
+    assert times[-1] < 3 * machine.token * 16 * 128  # they also had more tokens meanwhile
+
+
+def test_a_short_one_of_a_crowd_passes_the_long_and_the_long_goes_on() -> None:
+    machine = Machine(fixed=0.011, single=0.0006, token=0.0004)
+    scheduler = served(machine, 1)
+    for request in list(scheduler):
+        scheduler.finish(request)
+    long = [Request(id=f"long {index}", prompt=[90 + index] * 4000, params=PARAMS) for index in range(3)]
+    for request in long:
+        scheduler.add(request)
+    step(scheduler, machine)
+    short = Request(id="short", prompt=[99] * 100, params=PARAMS)
+    scheduler.add(short)
+    steps = 0
+    while not short.output:
+        step(scheduler, machine)
+        steps += 1
+    assert steps <= 6
+    before = long[0].computed
+    step(scheduler, machine)
+    assert long[0].computed > before
+
+
 def test_the_pace_follows_a_machine_that_changes() -> None:
     pace = Pace()
     assert pace.part(8) is None
@@ -108,7 +150,7 @@ def test_the_pace_follows_a_machine_that_changes() -> None:
         assert pace.part(8) == pytest.approx(expected, rel=0.1)
     pace.learn(8, 0, 100.0)  # one slow step is not believed
     assert pace.part(8) == pytest.approx(1.3 * expected, rel=0.1)
-    assert pace.part(0) is None
+    assert pace.part(0) == pytest.approx(SHORT / token, rel=0.1)  # whoever else waits has a token soon
 
 
 def test_no_measurement_breaks_it() -> None:
