@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from lm import __version__
-from serve.api import conversation, errors, messages, responses, validation
+from serve.api import batch, conversation, errors, further, messages, responses, validation
 from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
@@ -22,10 +22,6 @@ from serve.api.model import Model
 from serve.api.prompts import check_ids, encode
 from serve.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeEither, TokenizeRequest
 from serve.api.service import Service, only_json
-from serve.errors import NotBuilt
-
-# Routes of the contract that are not there yet: 501 with a sentence, not a 404 that looks like a misspelt URL.
-NOT_BUILT = ("/v1/embeddings", "/invocations")
 
 
 def create_app(
@@ -44,13 +40,15 @@ def create_app(
     fingerprint: str | None = None,
     root_path: str = "",
     docs: bool = True,
+    tokenizer_info: bool = False,
     prompt_details: bool = False,
     log_requests: bool = False,
     max_log_len: int = 0,
 ) -> FastAPI:
     """The ASGI application over an engine that is ready. `hosts`, `request_ids`: as Gate has them; `origins`: whose
     pages may read answers; `keep_alive`: as EventStream has it; `fingerprint`: of all answers;
-    `root_path`: where a proxy shows this server; `docs`: whether there is /openapi.json, and the pages that show it.
+    `root_path`: where a proxy shows this server; `docs`: whether there is /openapi.json, and the pages that show it;
+    `tokenizer_info`: whether there is /tokenizer_info.
     """
     app = FastAPI(title="Heed", version=__version__, root_path=root_path, openapi_url="/openapi.json" if docs else None)
     app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes, hosts=hosts, request_ids=request_ids)
@@ -122,8 +120,8 @@ def create_app(
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         return await service.answer(body, request, validation.chat, ChatAnswer)
 
-    for further in (responses, messages):
-        further.install(app, service)
+    for routes in (responses, messages, batch, further):
+        routes.install(app, service)
 
     # ---------------------------------------------------------------- tokens
 
@@ -143,11 +141,16 @@ def create_app(
         check_ids(body.tokens, model, "tokens")
         return json_response({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    async def not_built(request: Request) -> Response:
-        raise NotBuilt(f"{request.url.path} is not built into this server; completions and chats are.")
+    if tokenizer_info:
 
-    for path in NOT_BUILT:
-        app.add_api_route(path, not_built, methods=["POST"], include_in_schema=False)
+        @app.get("/tokenizer_info")
+        async def info() -> Response:
+            """What tokenizer_config.json says; of chat templates, those that are in use."""
+            named = dict(model.renderer.templates.named)
+            template: Any = named["default"] if list(named) == ["default"] else named or None
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | model.tokenizer.settings
+            return json_response(settings | ({"chat_template": template} if template else {}))
+
     return app
 
 

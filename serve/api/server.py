@@ -38,6 +38,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     uvicorn_log_level: str = "warning"
     disable_uvicorn_access_log: bool = False
     disable_fastapi_docs: bool = False
+    enable_tokenizer_info_endpoint: bool = False
     served_model_name: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     max_logprobs: int = 20
@@ -195,6 +196,7 @@ class _Life:
             fingerprint=fingerprint(config.fingerprint_mode, config.fingerprint_value, self._client.config, ready),
             root_path=config.root_path,
             docs=not config.disable_fastapi_docs,
+            tokenizer_info=config.enable_tokenizer_info_endpoint,
             prompt_details=config.enable_prompt_tokens_details,
             log_requests=config.enable_log_requests,
             max_log_len=config.max_log_len,

@@ -66,12 +66,21 @@ class Service:
         self._max_log_len, self._keep_alive = max_log_len, keep_alive
 
     async def answer(
-        self, body: GenerationRequest, request: Request, validate: Validate, shape: Shape, *, named_events: bool = False
+        self,
+        body: GenerationRequest,
+        request: Request,
+        validate: Validate,
+        shape: Shape,
+        *,
+        named_events: bool = False,
+        sequences: int | None = None,
     ) -> Response:
-        """Raises what `validate` and the engine's client raise; `named_events` as EventStream has it."""
+        """Raises what `validate` and the engine's client raise; `named_events` as EventStream has it; `sequences`: how
+        many there will be, where the body does not tell.
+        """
         model, client = self.model, self.client
         try:
-            client.admit(validation.sequences(body))  # before any work is done for it
+            client.admit(sequences or validation.sequences(body))  # before any work is done for it
             job = await validate(body, model)
             group = client.submit(
                 job.work(),

@@ -48,4 +48,7 @@ def add(http: Group) -> None:
         "--uvicorn-log-level", choices=LEVELS, default="warning", help="from info on, each HTTP request is a line"
     )
     http.add_argument("--disable-uvicorn-access-log", action="store_true", help="but not with this")
+    http.add_argument(
+        "--enable-tokenizer-info-endpoint", action="store_true", help="/tokenizer_info shows tokenizer_config.json"
+    )
     http.add_argument("--disable-fastapi-docs", action="store_true", help="no /docs, /redoc and /openapi.json")

@@ -172,7 +172,7 @@ def test_what_does_not_exist(server) -> None:
     refused(server.post("/v1/nothing", json={}), 404, "NotFoundError")
     refused(httpx.get(server.url + "/v1/models/nobody"), 404, "NotFoundError")
     assert httpx.get(server.url + "/v1/completions").status_code == 405
-    for path in ("/v1/messages", "/v1/embeddings", "/v1/responses"):
+    for path in ("/v1/embeddings", "/generative_scoring"):
         refused(server.post(path, json={}), 501, "NotImplementedError")
 
 
