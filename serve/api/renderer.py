@@ -1,32 +1,26 @@
-"""Chats to text, in processes aside: which template, how many at once, and an end for what does not end by itself."""
+"""Chats to text, by the templates of a model or of a request; the programs that those are run in processes aside."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm.tokenizer import Tokenizer
+from serve.api.aside import Aside, Ended
 from serve.api.chat_template import CPU_SECONDS
-from serve.errors import InvalidRequest, Overloaded
+from serve.errors import InvalidRequest
 
-WORKERS = 2  # processes at most: one that is slow does not keep everybody waiting
-WAITING = 1024  # chats that may wait for one
-WALL_SECONDS = 60.0  # the processor's time is what is limited; this is for a machine that gives none
-LINE = 1 << 27  # bytes of an answer, at most
-# What the process sees of the environment: enough to start, and no keys.
-ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_TIME", "TZ")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 NO_TEMPLATE = (
     "This model has no chat template, so messages cannot become a prompt: start the server with --chat-template FILE, "
     "or send text to /v1/completions."
 )
+
+DEVELOPER = re.compile(r"""["']developer["']""")  # in a template that knows this role
 
 
 class TemplateFileError(ValueError):
@@ -74,6 +68,23 @@ def _named(setting: Any) -> dict[str, str]:
     return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
 
+def _for_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What developers say, said by the system: of several such messages one, and that the first, as vLLM does it for
+    templates that know no developer.
+    """
+    said = [message for message in messages if message["role"] in ("developer", "system")]
+    if messages[0] is said[0] and len(said) == 1:
+        return [{**messages[0], "role": "system"}, *messages[1:]]
+    texts = [_plain(message.get("content")) for message in said]
+    others = [message for message in messages if message["role"] not in ("developer", "system")]
+    return [{"role": "system", "content": "\n\n".join(text for text in texts if text)}, *others]
+
+
+def _plain(content: Any) -> str:
+    """A text, or the text parts of a list of parts, a line each."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
+
+
 def read_template(given: str) -> str:
     """--chat-template: a file, or a template as such. Raises TemplateFileError."""
     try:
@@ -91,15 +102,12 @@ class Renderer:
     def __init__(self, templates: Templates, *, trust_requests: bool = False) -> None:
         self.templates = templates
         self.trust_requests = trust_requests
-        self._seats = asyncio.Semaphore(WORKERS)
-        self._waiting = 0
-        self._idle: list[_Worker] = []
-        self._all: set[_Worker] = set()
+        self.aside = Aside("serve.api.chat_template", "chats are waiting to be rendered")
 
     async def start(self) -> None:
         """Starts a process if there is a template to render, so that the first chat finds it. Does not wait for it."""
         if self.templates.named:
-            self._idle.append(await self._spawn())
+            await self.aside.start()
 
     async def render(
         self,
@@ -114,6 +122,8 @@ class Renderer:
         template = template or self.templates.pick(tools)
         if template is None:
             raise InvalidRequest(NO_TEMPLATE, "messages")
+        if any(message["role"] == "developer" for message in messages) and not DEVELOPER.search(template):
+            messages = _for_system(messages)
         question = {
             "template": template,
             "messages": messages,
@@ -124,89 +134,15 @@ class Renderer:
             line = json.dumps(question).encode() + b"\n"
         except RecursionError:
             raise InvalidRequest("The chat is nested too deeply to be rendered.", "messages") from None
-        answer = await self._ask(line)
+        try:
+            answer = json.loads(await self.aside.ask(line))
+        except Ended as end:
+            what = f"takes more than {CPU_SECONDS:g} s for" if end.slow else "fails on"
+            raise InvalidRequest(f"The chat template {what} this chat.", "messages") from None
         if "error" in answer:
             raise InvalidRequest(answer["error"], "messages")
         return answer["text"]
 
     async def close(self) -> None:
         """Ends the processes."""
-        for worker in list(self._all):
-            await self._end(worker)
-
-    async def _ask(self, question: bytes) -> dict[str, str]:
-        if self._waiting >= WAITING:
-            raise Overloaded(f"{WAITING} chats are waiting to be rendered. Try again later.")
-        self._waiting += 1
-        try:
-            async with self._seats:
-                worker = await self._take()
-                try:
-                    line = await asyncio.wait_for(worker.ask(question), WALL_SECONDS)
-                except BaseException as error:
-                    await self._end(worker)
-                    if isinstance(error, TimeoutError):
-                        line = b""
-                    else:
-                        raise
-                if not line:
-                    status = await self._end(worker)
-                    slow = status in (-signal.SIGPROF, -signal.SIGKILL)
-                    what = f"takes more than {CPU_SECONDS:g} s for" if slow else "fails on"
-                    return {"error": f"The chat template {what} this chat."}
-                self._idle.append(worker)
-        finally:
-            self._waiting -= 1
-        return json.loads(line)
-
-    async def _take(self) -> _Worker:
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.process.returncode is None:
-                return worker
-            self._all.discard(worker)
-        return await self._spawn()
-
-    async def _spawn(self) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "serve.api.chat_template",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            limit=LINE,
-        )
-        worker = _Worker(process)
-        self._all.add(worker)
-        return worker
-
-    async def _end(self, worker: _Worker) -> int:
-        """Kills the process unless it has ended; its exit status."""
-        self._all.discard(worker)
-        if worker in self._idle:
-            self._idle.remove(worker)
-        try:
-            # It may be on its way out, with a status that says why.
-            return await asyncio.wait_for(worker.process.wait(), 0.2)
-        except TimeoutError:
-            worker.process.kill()
-            return await worker.process.wait()
-
-
-class _Worker:
-    """A process that renders, one chat at a time."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-
-    async def ask(self, question: bytes) -> bytes:
-        """The line it answers; empty where it died over the question."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(question)
-            await self.process.stdin.drain()
-            return await self.process.stdout.readline()
-        except (ConnectionError, ValueError):  # ValueError: more than LINE bytes
-            return b""
+        await self.aside.close()

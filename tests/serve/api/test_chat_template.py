@@ -232,7 +232,7 @@ def test_a_renderer_that_was_killed_or_left_is_replaced() -> None:
     async def live() -> None:
         renderer = Renderer(Templates({"default": CHATML}))
         expected = await renderer.render(CHAT, {})
-        for worker in list(renderer._all):
+        for worker in list(renderer.aside.workers):
             worker.process.kill()
             await worker.process.wait()
         assert await renderer.render(CHAT, {}) == expected
@@ -241,7 +241,7 @@ def test_a_renderer_that_was_killed_or_left_is_replaced() -> None:
         leaving.cancel()  # its answer must not be taken for the next one's
         assert await renderer.render(CHAT, {}) == expected
         await renderer.close()
-        assert not renderer._all
+        assert not renderer.aside.workers
 
     asyncio.run(live())
 
@@ -252,7 +252,7 @@ def test_the_process_sees_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     async def live() -> bytes:
         renderer = Renderer(Templates({"default": CHATML}))
         await renderer.render(CHAT, {})
-        (worker,) = renderer._all
+        (worker,) = renderer.aside.workers
         seen = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
         await renderer.close()
         return seen
