@@ -42,6 +42,13 @@ class Side:
     dtype: str  # bfloat16, float32, or what the weights are rounded to: int8, q8_0
     flags: tuple[str, ...] = ()
 
+    @property
+    def says_usage(self) -> bool:
+        """Whether the load generator finds the usage of a stream: it looks for it in an event without a choice, and
+        llama.cpp's comes with the last one.
+        """
+        return self.kind != "llama.cpp"
+
     def command(self, model: Model, port: int, threads: int) -> tuple[list[str], dict[str, str]]:
         """The command line, and the environment variables that go with it."""
         folder = str(model.float32 if self.dtype == "float32" else model.bfloat16)
