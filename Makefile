@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling figures clean
+.PHONY: help install demo demo-translate test test-browser test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ test: $(STAMP) ## run all tests
 
 test-browser: $(STAMP) ## run the tests of the pages in a real browser (Debian: apt install chromium chromium-driver)
 	$(PY) -m pytest tests/browser
+
+test-dashboard: $(STAMP) ## ask a real Prometheus all that the Grafana dashboard asks (Debian's package, fetched by apt)
+	@command -v prometheus >/dev/null || test -x .cache/prometheus/usr/bin/prometheus || { mkdir -p .cache/prometheus && \
+		cd .cache/prometheus && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb .; } || \
+		echo "There is no Prometheus, and apt cannot fetch one: its part is skipped."
+	$(PY) -m pytest tests/serve/api/test_dashboard.py
 
 lint: $(STAMP) ## ruff and the type checker
 	$(PY) -m ruff check .
@@ -98,6 +104,9 @@ bench-kill: $(STAMP) ## a run killed at 20 random moments, beside the one never 
 
 bench-sampling: $(STAMP) ## what mixed sampling costs beside all-greedy, a batch of 64
 	$(PY) -m bench.sampling
+
+bench-streams: $(STAMP) ## 500 streams at once for ten minutes: none lost, none wrong, memory flat (QUICK=1: one minute)
+	$(PY) -m bench.streams
 
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py

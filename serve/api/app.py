@@ -22,6 +22,7 @@ from serve.api.model import Model
 from serve.api.prompts import check_ids, encode
 from serve.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeEither, TokenizeRequest
 from serve.api.service import Service, only_json
+from serve.api.traffic import Observed, Traffic
 
 
 def create_app(
@@ -51,7 +52,10 @@ def create_app(
     `tokenizer_info`: whether there is /tokenizer_info.
     """
     app = FastAPI(title="Heed", version=__version__, root_path=root_path, openapi_url="/openapi.json" if docs else None)
+    metrics = Metrics(model.names[0], client, model.ready)
+    traffic = Traffic(metrics.registry)
     app.add_middleware(Gate, keys=keys, max_body_bytes=max_body_bytes, hosts=hosts, request_ids=request_ids)
+    app.add_middleware(Observed, traffic=traffic)
     app.add_middleware(  # before the gate: a browser's question whether it may ask has no key
         CORSMiddleware,
         allow_origins=origins,
@@ -61,7 +65,6 @@ def create_app(
     )
     errors.install(app)
     started = int(time.time())
-    metrics = Metrics(model.names[0], client, model.ready)
     service = Service(
         model,
         client,
@@ -93,7 +96,7 @@ def create_app(
 
     @app.get("/load")
     async def load() -> Response:
-        return json_response({"server_load": client.in_flight})
+        return json_response({"server_load": traffic.load})
 
     @app.get("/metrics")
     async def prometheus() -> Response:

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.params import SamplingParams
@@ -319,6 +319,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(value=json_values)
 def test_values_are_counted_without_what_stands_in_texts(value: Any) -> None:
     bare = gate.STRINGS.sub(b"", json.dumps(value).encode())
