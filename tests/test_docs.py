@@ -32,6 +32,9 @@ OTHERS = {
     "torchrun",
     "tensorboard",
     "pre-commit",
+    "kubectl",
+    "nginx",
+    "ray",
 }
 
 
@@ -106,6 +109,10 @@ def check_python(arguments: list[str]) -> None:
         assert (ROOT / "train" / f"{rest[0]}.py").exists(), rest
     elif module == "lm":
         assert (ROOT / "lm" / f"{rest[0]}.py").exists(), rest
+    elif module == "serve" and "vllm" in rest:
+        from serve.on_vllm.flags import read, translate
+
+        assert translate(read(rest), {}), rest  # tests/on_vllm asks vLLM itself about its flags
     elif module == "serve":
         known = subprocess.run(
             [sys.executable, "-m", "serve", "--help"], cwd=ROOT, capture_output=True, text=True
