@@ -1,4 +1,5 @@
-"""vLLM and llama.cpp for the benchmarks of serving, in environments of their own under .cache/bench/peers.
+"""vLLM and llama.cpp, for the benchmarks of serving and for the tests that ask real vLLM, in environments of their own
+under .cache/bench/peers.
 
     python -m bench.peers
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -33,22 +35,38 @@ def main() -> None:
 
 
 def vllm() -> Path:
-    """The folder of vLLM's `python` and `vllm`; installed where it is missing."""
+    """The folder of vLLM's `python` and `vllm`; installed where it is missing. Ends the program with one sentence where
+    it cannot be.
+    """
     home, wanted = PEERS / "vllm", WANTED.read_text(encoding="utf-8")
     stamp = home / ".installed"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return home / "bin"
     shutil.rmtree(home, ignore_errors=True)
-    timed([sys.executable, "-m", "venv", str(home)])
+    _step([sys.executable, "-m", "venv", str(home)])
     pip = [str(home / "bin" / "python"), "-m", "pip"]
     torch = next(line for line in wanted.splitlines() if line.startswith("torch=="))
     index = os.environ.get("TORCH_INDEX")
-    timed([*pip, "install", "-q", *(["--index-url", index] if index else []), torch])
-    timed([*pip, "install", "-q", "-r", str(WANTED)])
-    timed([*pip, "uninstall", "-q", "-y", *UNFIT])
+    _step([*pip, "install", "-q", *(["--index-url", index] if index else []), torch])
+    _step([*pip, "install", "-q", "-r", str(WANTED)])
+    _step([*pip, "uninstall", "-q", "-y", *UNFIT])
     _name_vllm(home)
     stamp.write_text(wanted, encoding="utf-8")
     return home / "bin"
+
+
+def _step(command: list[str]) -> None:
+    """One step of vLLM's installation."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
+        said = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        free = shutil.disk_usage(PEERS.parent).free / 2**30
+        sys.exit(
+            f"vLLM's environment, {(PEERS / 'vllm').relative_to(ROOT)}, cannot be made: `{' '.join(command)[-200:]}` "
+            f"failed ({said[:500]}). It wants pip, a package index with what {WANTED.relative_to(ROOT)} names, 4 GB "
+            f"({free:.0f} are free)."
+        )
 
 
 def _name_vllm(home: Path) -> None:

