@@ -129,17 +129,20 @@ def use_cores() -> int:
 
 def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str | None]:
     """`auto` is the folder's dtype, but on a CPU its halves are what that is fast in: bfloat16, or float32 where there
-    are no instructions for it; so are the numbers of a GGUF file, whose precision is less than either's.
+    are no instructions for it; so are the numbers of a GGUF file, whose precision is less than either's. The kernels,
+    which decoders use, widen bfloat16 as they read it: that is half the memory's work on any CPU with AVX2.
     """
     if name != "auto":
         return DTYPES[name], None
-    half = torch.bfloat16 if device == "cuda" or bf16_is_fast("cpu") else torch.float32
+    raw = {} if Path(folder).is_file() else _read_json(Path(folder) / "config.json")
+    whole = bool(raw.get("is_encoder_decoder") or raw.get("prefix"))
+    widened = not whole and kernels.available() not in (None, "portable")
+    half = torch.bfloat16 if device == "cuda" or bf16_is_fast("cpu") or widened else torch.float32
     if Path(folder).is_file():
         own = pretrained.own_dtype(folder)
         if own is torch.float32:
             return half, None
     else:
-        raw = _read_json(Path(folder) / "config.json")
         own = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
     if device == "cpu" and own is not torch.float32 and half is torch.float32:
         return (

@@ -24,6 +24,12 @@ def test_dtype_is_the_folders_where_the_machine_is_fast_in_it(tmp_path: Path, mo
     monkeypatch.setattr(build, "bf16_is_fast", lambda device: True)
     assert build.choose_dtype("auto", half, "cpu") == (torch.bfloat16, None)
     monkeypatch.setattr(build, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(build.kernels, "available", lambda: "avx2")  # which widen it as they read
+    assert build.choose_dtype("auto", half, "cpu") == (torch.bfloat16, None)
+    whole = folder(tmp_path, dtype="bfloat16", is_encoder_decoder=True)
+    assert build.choose_dtype("auto", whole, "cpu")[0] == torch.float32
+    monkeypatch.setattr(build.kernels, "available", lambda: None)
+    half = folder(tmp_path, dtype="bfloat16")
     dtype, note = build.choose_dtype("auto", half, "cpu")
     assert dtype == torch.float32
     assert note is not None
