@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams figures clean
+.PHONY: help install demo demo-translate test test-browser test-vllm test-clients test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams fuzz figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,25 @@ test-dashboard: $(STAMP) ## ask a real Prometheus all that the Grafana dashboard
 		cd .cache/prometheus && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb .; } || \
 		echo "There is no Prometheus, and apt cannot fetch one: its part is skipped."
 	$(PY) -m pytest tests/serve/api/test_dashboard.py
+
+test-vllm: $(STAMP) ## the conformance suite: the same requests to real vLLM, in an environment that it makes (ONLY='chat/*' for some)
+	@$(PY) scripts/fetch.py smollm2
+	$(PY) -m pytest tests/conformance -s -o timeout=1800 --durations=0 $(if $(ONLY),--only "$(ONLY)")
+
+# What `make test-clients` installs for itself; torch from TORCH_INDEX, as with `make install`.
+CLIENTS := .cache/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv $(CLIENTS)
+ifdef TORCH_INDEX
+	$(CLIENTS)/bin/python -m pip install -q --index-url "$(TORCH_INDEX)" "$(TORCH)"
+endif
+	$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed ## the clients that others wrote, in an environment of their own: openai, litellm, LangChain, lm-eval, ...
+	HEED_PYTHON=$(abspath $(PY)) $(CLIENTS)/bin/python -m pytest tests/clients
 
 lint: $(STAMP) ## ruff and the type checker
 	$(PY) -m ruff check .
@@ -107,6 +126,9 @@ bench-sampling: $(STAMP) ## what mixed sampling costs beside all-greedy, a batch
 
 bench-streams: $(STAMP) ## 500 streams at once for ten minutes: none lost, none wrong, memory flat (QUICK=1: one minute)
 	$(PY) -m bench.streams
+
+fuzz: $(STAMP) ## 20,000 calls of what anybody may send, on a tiny model: no 500, none without an answer
+	$(PY) -m bench.fuzz
 
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py
