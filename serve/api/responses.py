@@ -45,13 +45,15 @@ STATUS = {"length": "incomplete", "abort": "cancelled"}  # of a response by its 
 
 def install(app: FastAPI, service: Service) -> None:
     """Puts the routes on the app."""
+    config = service.client.config
+    block = config.block_size if config.enable_prefix_caching and not service.model.ready.source else 0
 
     @app.post("/v1/responses", dependencies=[Depends(only_json)])
     async def responses(body: ResponsesRequest, request: Request) -> Any:
         service.model.check_name(body.model)
 
         def shape(id: str, chat: ChatRequest, *given: Any, **settings: Any) -> ResponsesAnswer:
-            return ResponsesAnswer(body, ChatAnswer(id, chat, *given, **settings))
+            return ResponsesAnswer(body, ChatAnswer(id, chat, *given, **settings), block)
 
         chat = chat_of(body, service.model.max_model_len)
         return await service.answer(chat, request, _validate, shape, named_events=True)
@@ -82,10 +84,12 @@ async def _validate(chat: ChatRequest, model: Model) -> validation.Job:
 
 
 class ResponsesAnswer:
-    """A chat's answer as a response: output items in place of choices."""
+    """A chat's answer as a response: output items in place of choices. `block`: how many tokens of a prompt are kept
+    together in the prefix cache; 0 without one.
+    """
 
-    def __init__(self, request: ResponsesRequest, chat: Answer) -> None:
-        self._request, self._chat = request, chat
+    def __init__(self, request: ResponsesRequest, chat: Answer, block: int) -> None:
+        self._request, self._chat, self._block = request, chat, block
         self.id = clean_id(request.request_id or "") or f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -194,14 +198,17 @@ class ResponsesAnswer:
         }
 
     def _counts(self) -> dict[str, Any]:
-        """Tokens; of several turns (which tools run by a server would make) there are none."""
+        """Tokens. A prompt leaves its whole blocks in the cache; of several turns (which tools that a server runs would
+        make) there are none.
+        """
         usage = self._chat.usage()
+        prompt, cached = usage["prompt_tokens"], self._chat.choices[0].cached
         details = usage.get("completion_tokens_details") or {}
         return {
-            "input_tokens": usage["prompt_tokens"],
+            "input_tokens": prompt,
             "input_tokens_details": {
-                "cached_tokens": self._chat.choices[0].cached,
-                "cache_write_tokens": 0,
+                "cached_tokens": cached,
+                "cache_write_tokens": max(0, prompt // self._block * self._block - cached) if self._block else 0,
                 "input_tokens_per_turn": [],
                 "cached_tokens_per_turn": [],
             },

@@ -147,10 +147,10 @@ class ResponsesRequest(Body):
     top_k: Int64 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Int64 | None = None
-    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=4)] | None = None
     stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
