@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from serve.api.client import Group, join
 from serve.api.errors import body as error_body
 from serve.api.errors import log
-from serve.api.logprobs import TokenTexts
+from serve.api.logprobs import LONGEST, Context, TokenTexts
 from serve.api.model import Model
 from serve.api.prompts import Prompt
 from serve.api.protocol import GenerationRequest
+from serve.api.reading import Reader
 from serve.api.validation import Job
 from serve.engine.messages import Output
 from serve.errors import GenerationFailed, ServeError
@@ -36,6 +38,8 @@ class Choice:
     cached: int = 0  # tokens of the prompt that were found in the prefix cache
     text_length: int = 0
     begun: bool = False  # something of it has been shown
+    reader: Reader | None = None  # of its text, where it is not all content
+    context: Context = field(default_factory=lambda: deque(maxlen=LONGEST))  # its last tokens
 
 
 class Answer(ABC):
@@ -44,6 +48,7 @@ class Answer(ABC):
     prefix: ClassVar[str]  # of the id
     object: ClassVar[str]
     chunk_object: ClassVar[str]
+    running_usage: ClassVar[dict[str, Any]] = {}  # further fields of the usage in each chunk
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class Answer(ABC):
         self.job = job
         self.fingerprint = fingerprint
         self.prompt_details = prompt_details
-        self.model_name = request.model or model.names[0]
+        self.model_name = model.names[0]  # by whichever of its names it was asked, as in vLLM
         self.flags = model.flags
         as_ids = request.return_tokens_as_token_ids
         self.token_texts = TokenTexts(model, model.flags.tokens_as_ids if as_ids is None else as_ids)
@@ -73,8 +78,8 @@ class Answer(ABC):
         """An element of `choices` in the body: all that its sequence gave."""
 
     @abstractmethod
-    def delta(self, choice: Choice, output: Output) -> dict[str, Any]:
-        """An element of `choices` in a chunk: what came since the last."""
+    def delta(self, choice: Choice, output: Output) -> dict[str, Any] | None:
+        """An element of `choices` in a chunk: what came since the last. None where nothing is to be shown yet."""
 
     def rest(self, outputs: list[Output]) -> dict[str, Any]:
         """Further fields of the body."""
@@ -100,7 +105,7 @@ class Answer(ABC):
         """vLLM's form; None where the request has not asked for them."""
         if not self.job.prompt_logprobs:
             return None
-        return [None if entry is None else self.token_texts.ranked(entry) for entry in output.prompt_logprobs or []]
+        return self.token_texts.ranked(output.prompt_logprobs or [])
 
     async def whole(self, group: Group) -> dict[str, Any]:
         """The non-streaming body. Raises GenerationFailed or EngineDead."""
@@ -152,7 +157,10 @@ class Answer(ABC):
                     continue
                 choice.tokens += len(output.tokens)
                 choice.cached = choice.cached or output.cached
-                fields = {"choices": [self.delta(choice, output)]}
+                delta = self.delta(choice, output)
+                if delta is None:
+                    continue
+                fields = {"choices": [delta]}
                 if output.finish_reason is not None and not usage:
                     fields["system_fingerprint"] = self.fingerprint
                 yield self._chunk(fields, choice, continuous)
@@ -172,7 +180,7 @@ class Answer(ABC):
     def _chunk(self, fields: dict[str, Any], choice: Choice, continuous: bool) -> dict[str, Any]:
         chunk = self._head() | fields
         if continuous:
-            chunk["usage"] = _usage(len(choice.prompt.ids), choice.tokens)
+            chunk["usage"] = _usage(len(choice.prompt.ids), choice.tokens) | self.running_usage
         return chunk
 
 

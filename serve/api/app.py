@@ -8,10 +8,11 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from lm import __version__
-from serve.api import batch, conversation, errors, further, messages, responses, validation
+from serve.api import batch, conversation, errors, further, messages, openapi, responses, validation
 from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
@@ -100,7 +101,7 @@ def create_app(
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     # ---------------------------------------------------------------- models
 
@@ -110,6 +111,8 @@ def create_app(
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
+        if not name:
+            return RedirectResponse("/v1/models")
         model.check_name(name)
         return json_response(_card(name, model, started))
 
@@ -154,6 +157,7 @@ def create_app(
             settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | model.tokenizer.settings
             return json_response(settings | ({"chat_template": template} if template else {}))
 
+    openapi.install(app)
     return app
 
 
@@ -166,7 +170,12 @@ def _card(name: str, model: Model, created: int) -> dict[str, Any]:
         "allow_view": True,
         "allow_fine_tuning": False,
     }
-    permission = {"id": f"modelperm-{name}", "object": "model_permission", "created": created, **allowed}
+    permission = {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": created,
+        **allowed,
+    }
     return {
         "id": name,
         "object": "model",

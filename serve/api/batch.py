@@ -65,7 +65,8 @@ def install(app: FastAPI, service: Service) -> None:
             for chat in chats:
                 jobs.append(await validation.chat(chat, model))
             prompts = [prompt for job in jobs for prompt in job.prompts]
-            return replace(jobs[0], prompts=prompts, params=[params for job in jobs for params in job.params])
+            params = [params for job in jobs for params in job.params]
+            return replace(jobs[0], prompts=prompts, params=params, forms=[one for job in jobs for one in job.forms])
 
         def shape(id: str, first: ChatRequest, job: validation.Job, *given: Any, **settings: Any) -> BatchAnswer:
             pairs = zip(chats, jobs, strict=True)

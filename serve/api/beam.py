@@ -36,9 +36,8 @@ def params(
     *,
     max_tokens: int,
     logprobs: int | None,
-    field: str = "logprobs",
 ) -> BeamSearchParams:
-    """The search that is asked for, over a prompt of `prompt` tokens. `field` is where `logprobs` comes from.
+    """The search that is asked for, over a prompt of `prompt` tokens.
 
     Raises InvalidRequest.
     """
@@ -48,7 +47,7 @@ def params(
         value = getattr(body, name)
         if value not in silent:
             raise InvalidRequest(f"{name} is {str(value)[:50]}; a beam search does not look at it.", name)
-    sampling.check_logprobs(logprobs, "sample", model, field)
+    sampling.check_logprobs(logprobs, "sample", model)
     try:
         made = BeamSearchParams(
             beam_width=sampling.count(body),

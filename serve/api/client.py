@@ -20,9 +20,11 @@ from serve.engine.messages import (
     Add,
     AddBeam,
     BeamSearchParams,
+    Constraint,
     EngineConfig,
     Failed,
     FromEngine,
+    Grammar,
     Output,
     Ready,
     Stats,
@@ -104,6 +106,8 @@ class Group:
             self._arrived.clear()
             ready, self._pending, self._unread = self._pending, {}, 0
             for index, output in ready.items():
+                if output.impossible:
+                    raise InvalidRequest(output.error or "The request cannot be carried out.")
                 if output.finish_reason == "error":
                     raise GenerationFailed(f"This request failed in the engine. {output.error}")
                 left -= output.finish_reason is not None
@@ -136,6 +140,7 @@ def join(first: Output, then: Output) -> Output:
         timings=then.timings,
         cumulative_logprob=then.cumulative_logprob,
         cached=first.cached or then.cached,
+        impossible=then.impossible,
     )
 
 
@@ -210,6 +215,8 @@ class EngineClient:
         self,
         work: Sequence[tuple[list[int], SamplingParams | BeamSearchParams]],
         *,
+        grammar: Grammar | None = None,
+        constraints: Sequence[Constraint | None] = (),
         n: int = 1,
         stream: bool = False,
         generate: bool = True,
@@ -217,19 +224,22 @@ class EngineClient:
         cache_salt: str | None = None,
     ) -> Group:
         """Gives prompts to the engine, each to be continued by a sequence or by those of a beam. Of the sequences `n`
-        each are of one prompt. The group has to be closed in the end. Raises as `admit`.
+        each are of one prompt. `constraints`, if there are any, hold for the sequences, one each; they name the
+        `grammar`. The group has to be closed in the end. Raises as `admit`.
         """
         assert self._writer is not None
         self.admit(sum(params.beam_width if isinstance(params, BeamSearchParams) else 1 for _, params in work))
         group = Group(self, n=n, stream=stream, held=self._hold(most(work, stream=stream)))
         now = time.monotonic()
-        for prompt, params in work:
+        if grammar is not None:
+            self._writer.write(frame(grammar))
+        for (prompt, params), constraint in zip(work, constraints or [None] * len(work), strict=True):
             if isinstance(params, BeamSearchParams):
                 ids = [self._enter(group, prompt, now, params.max_tokens) for _ in range(params.beam_width)]
                 self._writer.write(frame(AddBeam(ids, prompt, params, now, priority)))
             else:
                 id = self._enter(group, prompt, now, params.max_tokens)
-                self._writer.write(frame(Add(id, prompt, params, now, generate, priority, cache_salt)))
+                self._writer.write(frame(Add(id, prompt, params, now, generate, priority, cache_salt, constraint)))
         self._idle.clear()
         return group
 

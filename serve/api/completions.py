@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from serve.api.answers import Answer, Choice
+from serve.api.logprobs import LONGEST, Context
 from serve.api.protocol import CompletionRequest
-from serve.engine.messages import Output, TokenLogprobs
+from serve.engine.messages import Output
 
 
 class CompletionAnswer(Answer):
@@ -36,22 +38,35 @@ class CompletionAnswer(Answer):
             "logprobs": logprobs,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
-            "prompt_token_ids": choice.prompt.ids if self.wants_ids and first else None,
+            "prompt_token_ids": choice.prompt.ids if first and (self.wants_ids or self._echo) else None,
             "token_ids": output.tokens if self.wants_ids else None,
         }
 
     def _shown(self, choice: Choice, output: Output) -> tuple[str, dict[str, Any] | None]:
         """Text and log-probabilities of an output; the first of an echoing request has its prompt in front."""
-        text, tokens = output.text, output.tokens
-        entries: list[TokenLogprobs | None] = list(output.logprobs or [])
-        assert isinstance(self.request, CompletionRequest)
-        if self.request.echo and not choice.begun:
-            # Who asks for ids gets the prompt as ids.
-            text = text if self.wants_ids else (choice.prompt.text or "") + text
-            tokens = choice.prompt.ids + tokens
-            entries = [*(output.prompt_logprobs or []), *entries]
+        echoed, text = self._echo and not choice.begun, output.text
+        if echoed and not self.wants_ids:  # who asks for ids gets the prompt as ids
+            text = (choice.prompt.text or "") + text
         choice.begun = True
-        offset, choice.text_length = choice.text_length, choice.text_length + len(text)
-        if self.job.logprobs is None:
+        k = self.job.logprobs
+        if k is None:
             return text, None
-        return text, self.token_texts.listed(tokens, entries, self.job.logprobs, offset)
+        listed = self.token_texts.listed
+        parts: list[dict[str, list[Any]]] = []
+        if echoed:
+            before: Context = deque(maxlen=LONGEST)
+            parts.append(listed(choice.prompt.ids, output.prompt_logprobs or [], k, 0, before))
+            choice.text_length = _end(parts[0])
+        parts.append(listed(output.tokens, list(output.logprobs or []), k, choice.text_length, choice.context))
+        choice.text_length = _end(parts[-1]) or choice.text_length
+        return text, {name: [one for part in parts for one in part[name]] for name in parts[0]}
+
+    @property
+    def _echo(self) -> bool:
+        assert isinstance(self.request, CompletionRequest)
+        return bool(self.request.echo)
+
+
+def _end(listed: dict[str, list[Any]]) -> int:
+    """Where in the text the next token begins; 0 if there is none before it."""
+    return listed["text_offset"][-1] + len(listed["tokens"][-1]) if listed["tokens"] else 0

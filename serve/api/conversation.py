@@ -7,6 +7,7 @@ from typing import Any
 
 from serve.api.model import Model
 from serve.api.protocol import ChatRequest, Conversation, Message
+from serve.api.tools import shown
 from serve.errors import InvalidRequest
 
 # Parts that are text, under any of the names that clients send: the field that holds it.
@@ -34,7 +35,7 @@ async def render(body: Conversation, model: Model) -> str:
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     variables: dict[str, Any] = {
         **asked,
-        "tools": body.tools,
+        "tools": shown(body.tools),
         "documents": body.documents,
         "add_generation_prompt": body.add_generation_prompt,
     }
@@ -91,8 +92,8 @@ def _texts(message: Message, where: str) -> list[str]:
 
 def _text(part: str | dict[str, Any], where: str) -> str:
     if isinstance(part, str):
-        return part
-    kind = part.get("type", "text" if "text" in part else None)
+        raise InvalidRequest(f"{where}.content has a text in place of a part, which is an object.", "messages")
+    kind = part.get("type")
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
         raise InvalidRequest(
             f"{where}.content has a part of type {str(kind)[:50]!r}; this server takes 'text' alone.",
@@ -118,47 +119,14 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             try:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
-                raise InvalidRequest(f"{where}.tool_calls has arguments that are not JSON.", "messages") from None
+                arguments = {}  # the chat's past cannot be mended: refused, it could never go on
+        if not isinstance(arguments, dict):
+            arguments = {}
         made.append({**call, "function": {**function, "arguments": arguments}})
     return made
 
 
 # ---------------------------------------------------------------- fields of a chat request
-
-
-def check_tools(body: ChatRequest) -> None:
-    """Tools may be shown to the model (tool_choice "none"); calls in its answer are not recognised here, so every other
-    choice is refused. Raises InvalidRequest.
-    """
-    if body.tools is not None and not body.tools:
-        raise InvalidRequest(
-            "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.", "tools"
-        )
-    unsaid = "tool_choice" not in body.model_fields_set
-    choice = ("auto" if body.tools else "none") if unsaid else body.tool_choice
-    if choice is None or choice == "none":
-        return
-    if body.tools is None:
-        raise InvalidRequest("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    if choice == "auto":
-        raise InvalidRequest(
-            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set, which this server '
-            'does not have; with tool_choice "none" the tools are shown to the model.',
-            "tool_choice",
-        )
-    if isinstance(choice, str) and choice != "required":
-        raise InvalidRequest(
-            f"Invalid value for `tool_choice`: {choice[:50]}! "
-            'Only named tools, "none", "auto" or "required" are supported.',
-            "tool_choice",
-        )
-    named = '"required"'
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        named = f'function "{str(function.get("name") if isinstance(function, dict) else function)[:50]}"'
-    raise InvalidRequest(
-        f"tool_choice={named} requires --tool-call-parser to be set, which this server does not have.", "tool_choice"
-    )
 
 
 def logprobs(body: ChatRequest) -> int | None:

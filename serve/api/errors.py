@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -52,6 +52,8 @@ STATUS: dict[type[ServeError], tuple[HTTPStatus, str]] = {
     EngineDead: (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"),
 }
 REPORTED = 10  # problems of one body, at most: an answer must not be many times the question
+# Segments of pydantic's places that are its own, not the body's.
+INTERNAL = re.compile(r"[\[\](){}]|^(?:str|int|float|bool|list|dict|nullable|union|none)$")
 SHOWN = 200  # characters of any value that is repeated to the client
 
 
@@ -132,11 +134,10 @@ def _describe(error: RequestValidationError) -> tuple[str, str | None]:
     problems = error.errors()
     lines = []
     for problem in problems[:REPORTED]:
-        where = ".".join(_place(problem))[:SHOWN]
-        lines.append(f"{where or 'body'}: {str(problem['msg'])[:SHOWN]}")
+        where = ".".join(_place(problem))[:SHOWN] or ("body" if problem["loc"] else "")
+        lines.append(f"{where}{': ' if where else ''}{str(problem['msg'])[:SHOWN]}")
     more = f"; and {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
-    # The first part of the place is the field; the rest is which of its possible types was tried.
-    param = next(iter(_place(problems[0])), None) if problems else None
+    param = _param(problems[0]["loc"]) if problems else None
     noun = "error" if len(problems) == 1 else "errors"
     return f"{len(problems)} validation {noun}: " + "; ".join(lines) + more, param
 
@@ -144,3 +145,10 @@ def _describe(error: RequestValidationError) -> tuple[str, str | None]:
 def _place(problem: Any) -> list[str]:
     """Where in the body: field names and positions, without the names of our classes."""
     return [str(part) for part in problem["loc"] if part != "body" and not str(part).endswith("Request")]
+
+
+def _param(place: Sequence[str | int]) -> str | None:
+    """The place as vLLM says it: dotted from the body on, without what pydantic adds of types that it tried."""
+    parts = [str(part) for part in place]
+    kept = [part for part in parts if not INTERNAL.search(part) and not part.endswith("Request")]
+    return ".".join(kept)[:SHOWN] or None

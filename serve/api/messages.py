@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
 
-from serve.api import conversation, errors, prompts, validation
+from serve.api import conversation, errors, prompts, tools, validation
 from serve.api.answers import Answer
 from serve.api.chat import ChatAnswer
 from serve.api.client import Group
@@ -57,7 +57,7 @@ async def _validate(chat: ChatRequest, model: Model) -> validation.Job:
 async def _count(chat: ChatRequest, model: Model) -> int:
     """Tokens of the prompt. Raises InvalidRequest, NotFound or Overloaded."""
     model.check_name(chat.model)
-    conversation.check_tools(chat)
+    tools.check(chat, model)
     text = await conversation.render(chat, model)
     prompt = await prompts.of_text(text, chat, model, special=chat.add_special_tokens, param="messages")
     return len(prompt.ids)

@@ -57,6 +57,7 @@ class Metrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._values = (model_name, "0")
+        self.load = {"num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}  # after the last step
         self._left: dict[tuple[Group, int], list[Member]] = {}  # of each prompt, the sequences that have ended
         self._gauges(client, ready)
         self._counters(bool(client.config.speculative))
@@ -156,6 +157,7 @@ class Metrics:
 
     def _on_step(self, step: Step) -> None:
         stats = step.stats
+        self.load = {"num_requests_waiting": float(stats.waiting), "kv_cache_usage_perc": float(stats.cache_usage)}
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._capacity.set(stats.waiting)

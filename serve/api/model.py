@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm.tokenizer import Tokenizer
+from serve.api.grammars import Grammars
+from serve.api.reasoning import Reasoning
 from serve.api.renderer import Renderer
 from serve.engine.messages import Ready
 from serve.errors import NotFound
@@ -20,6 +22,9 @@ class AnswerFlags:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
     tokens_as_ids: bool = False  # log-probabilities name tokens by id
     usage: bool = False  # every chunk of a stream has it, asked or not
+    auto_tools: bool = False  # the model may decide to call a tool
+    tool_parser: str | None = None  # how it writes that down
+    reasoning: Reasoning | None = None  # how it thinks before it answers
     interval: int = 1  # tokens of a stream's chunk after the first, at least
 
 
@@ -32,6 +37,7 @@ class Model:
     ready: Ready
     tokenizer: Tokenizer
     renderer: Renderer
+    grammars: Grammars
     max_logprobs: int = 20
     defaults: dict[str, Any] = field(default_factory=dict)
     flags: AnswerFlags = field(default_factory=AnswerFlags)

@@ -64,6 +64,8 @@ def _fitted(
         raise InvalidRequest("The decoder prompt cannot be empty", param)
     check_ids(ids, model, param)
     cut = _truncate(ids, body, model)
+    if not cut:
+        raise InvalidRequest("The decoder prompt cannot be empty", "truncate_prompt_tokens")
     if len(cut) < len(ids) or (text is None and wants_text):
         text = model.tokenizer.decode(cut)
     if len(cut) > model.max_model_len:
@@ -94,10 +96,7 @@ def _truncate(ids: list[int], body: GenerationRequest, model: Model) -> list[int
             "truncate_prompt_tokens",
         )
     if wanted == 0:
-        raise InvalidRequest(
-            "truncate_prompt_tokens is 0, which leaves no prompt; it must be at least 1, or -1.",
-            "truncate_prompt_tokens",
-        )
+        return []
     length = model.max_model_len if wanted == -1 else wanted
     return ids[:length] if body.truncation_side == "right" else ids[-length:]
 

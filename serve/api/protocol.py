@@ -1,4 +1,5 @@
-"""The bodies of requests, with vLLM's field names and defaults. Types alone are checked here; values in validation.py.
+"""The bodies of requests, with vLLM's field names and defaults. Types alone are checked here (and, before them, what
+before.py looks at); values in validation.py.
 
 Unknown fields are accepted and ignored, as vLLM does. Fields that we know and do not honour are listed in
 sampling.py, which refuses them where they would change the answer.
@@ -8,7 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from serve.api import before
+
+MAX_STOPS = 4
 
 
 def _valid(text: str) -> str:
@@ -21,7 +26,7 @@ def _valid(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_valid)]
-TokenId = Annotated[int, Field(ge=0, lt=2**63)]
+TokenId = Annotated[int, Field(ge=0)]
 # One bad element is enough to know: a list of millions must not become millions of complaints.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -46,7 +51,7 @@ class GenerationRequest(Body):
     """What completions and chats share. None means: the server's default (generation_config.json), else OpenAI's."""
 
     model: Text | None = None
-    n: Int64 | None = 1
+    n: int | None = 1
     temperature: float | None = None
     top_p: float | None = None
     top_k: Int64 | None = None
@@ -55,17 +60,17 @@ class GenerationRequest(Body):
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = None
     seed: Int64 | None = None
-    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    max_tokens: Int64 | None = None
+    max_tokens: int | None = None
     min_tokens: Int64 = 0
     prompt_logprobs: Int64 | None = None
     logprob_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None  # shown in place of the likeliest
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
-    bad_words: Annotated[list[Text], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[Text], Field(fail_fast=True)] = []
     repetition_detection: RepetitionDetection | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -76,13 +81,22 @@ class GenerationRequest(Body):
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    request_id: Text | None = None
+    request_id: Text = ""
+    session_id: Text | None = None
     user: Text | None = None
     priority: Int64 = 0  # the lower goes first; of effect under --scheduling-policy priority alone, as in vLLM
     cache_salt: Text | None = None
 
     use_beam_search: bool = False  # n is the beam's width then
-    length_penalty: float | None = 1.0  # of a beam search alone
+    length_penalty: float = 1.0  # of a beam search alone
+
+    # Known and of no effect here: for what this server does not have, as the text models of vLLM do not.
+    ec_transfer_params: dict[str, Any] | None = None
+    vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None = None
+    watermarking: bool | None = None
+    routed_experts_prompt_start: Annotated[int, Field(ge=0)] = 0
+    return_token_offsets: bool | None = False
+    mm_payload: Literal["tensors", "none"] = "tensors"
 
     # Known and refused where set: see sampling.REFUSED.
     best_of: Int64 | None = None
@@ -90,7 +104,6 @@ class GenerationRequest(Body):
     structured_outputs: dict[str, Any] | None = None
     thinking_token_budget: Int64 | None = None
     kv_transfer_params: dict[str, Any] | None = None
-    vllm_xargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -103,7 +116,8 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Text], Field(fail_fast=True)]
         | None
     ) = None
-    max_tokens: Int64 | None = 16
+    n: int = 1
+    max_tokens: int | None = 16
     logprobs: Int64 | None = None
     echo: bool | None = False
     add_special_tokens: bool = True
@@ -112,12 +126,20 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = None
     prompt_embeds: Any = None
 
+    _before = model_validator(mode="before")(before.completion)
+
 
 class Message(Body):
     """One turn of a chat. Templates also get `name`, `tool_calls`, `tool_call_id` and `reasoning`, where they are."""
 
     role: Text
     content: Text | Annotated[list[Text | dict[str, Any]], Field(fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.content is None and self.role != "assistant" and "content" in self.model_fields_set:
+            raise ValueError(f"the content of a message of role {self.role[:50]!r} cannot be null")
+        return self
 
 
 class Conversation(Body):
@@ -139,12 +161,16 @@ class ChatRequest(GenerationRequest, Conversation):
     answer may fill the context.
     """
 
-    max_completion_tokens: Int64 | None = None
+    max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: Int64 | None = 0
-    echo: bool | None = False
+    echo: bool = False
+    include_reasoning: bool = True
+    parallel_tool_calls: bool | None = True
     return_prompt_text: bool | None = None
     tool_choice: str | dict[str, Any] | None = None
+
+    _before = model_validator(mode="before")(before.chat)
 
 
 class TokenizeRequest(Body):
@@ -178,4 +204,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: TokenIds
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(fail_fast=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from serve.engine.bad_words import spellings
 from serve.errors import InvalidRequest
 
 MAX_N = 128  # sequences of one prompt
-MAX_STOPS = 4
 MAX_IDS = 1024  # in stop_token_ids and logit_bias: they are looked at for every token
 MAX_BAD_WORDS = 128  # as tokens: a word has up to two spellings
 MAX_BAD_TOKENS = 1024  # in all of them
@@ -21,25 +20,18 @@ MAX_BAD_TOKENS = 1024  # in all of them
 # Fields that would change the answer and are not honoured, with what is said of them.
 REFUSED = {
     "suffix": "suffix is only supported for models with FIM completion rendering",
-    "best_of": "best_of is not supported; ask for n sequences and choose among them.",
-    "structured_outputs": "structured_outputs is not supported by this server.",
     "prompt_embeds": "prompt_embeds is not supported by this server; send text or token ids as prompt.",
-    "thinking_token_budget": "thinking_token_budget is not supported by this server.",
     "kv_transfer_params": "kv_transfer_params is not supported by this server.",
-    "vllm_xargs": "vllm_xargs is not supported by this server.",
 }
 
 
 def refuse(body: GenerationRequest) -> None:
     """Raises InvalidRequest for what is asked and not honoured."""
     for name, sentence in REFUSED.items():
-        if getattr(body, name, None):
+        if getattr(body, name, None) not in (None, [], {}):
             raise InvalidRequest(sentence, name)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise InvalidRequest(
-            f"response_format {str(kind)[:50]!r} is not supported by this server; it may be 'text'.", "response_format"
-        )
+    if body.best_of is not None and body.best_of != body.n:
+        raise InvalidRequest("best_of is not supported; ask for n sequences and choose among them.", "best_of")
 
 
 def params(
@@ -49,23 +41,21 @@ def params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
-    names: Mapping[str, str] | None = None,
+    logprobs_field: str = "logprobs",
 ) -> SamplingParams:
-    """The request's values, else the server's, else OpenAI's. `names` says which field of the request a value is from,
-    where that has another name. Raises InvalidRequest.
+    """The request's values, else the server's, else OpenAI's. `logprobs_field` is where the number of `logprobs` comes
+    from. Raises InvalidRequest.
     """
     vocab = model.ready.vocab_size
     n = count(body)
     stops = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"stop must have at most {MAX_STOPS} strings, got {len(stops)}.", "stop")
     for name in ("stop_token_ids", "logit_bias"):
         entries = len(getattr(body, name) or ())
         if entries > MAX_IDS:
             raise InvalidRequest(f"{name} must have at most {MAX_IDS} entries, got {entries}.", name)
     loop, named = body.repetition_detection, body.logprob_token_ids or None
     if named and logprobs is None:
-        how = "set to true" if names else "set"
+        how = "set" if logprobs_field == "logprobs" else "set to true"
         raise InvalidRequest(f"when using `logprob_token_ids`, `logprobs` must be {how}.", "logprob_token_ids")
     temperature = _first(body.temperature, model.defaults.get("temperature"), 1.0)
     values = {
@@ -102,8 +92,7 @@ def params(
         made = SamplingParams(**values)
     except ValueError as error:
         sentence = str(error)
-        name = sentence.split()[0]
-        raise InvalidRequest(sentence, (names or {}).get(name, name)) from None
+        raise InvalidRequest(sentence, sentence.split()[0]) from None
     for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         foreign = [id for id in getattr(made, name) or () if not 0 <= id < vocab]
         if foreign:
@@ -112,8 +101,8 @@ def params(
             )
     _check_bad_words(made.bad_words, model)
     if made.logprob_token_ids is None:
-        check_logprobs(made.logprobs, "sample", model, (names or {}).get("logprobs", "logprobs"))
-    check_logprobs(made.prompt_logprobs, "prompt", model, (names or {}).get("prompt_logprobs", "prompt_logprobs"))
+        check_logprobs(made.logprobs, "sample", model)
+    check_logprobs(made.prompt_logprobs, "prompt", model)
     return made
 
 
@@ -154,11 +143,11 @@ def count(body: GenerationRequest) -> int:
     return n
 
 
-def check_logprobs(value: int | None, kind: str, model: Model, name: str) -> None:
-    """Raises InvalidRequest naming the field `name` for more logprobs of a `kind` than the server shows."""
+def check_logprobs(value: int | None, kind: str, model: Model) -> None:
+    """Raises InvalidRequest for more logprobs of a `kind` (sample or prompt) than the server shows."""
     if value is not None and value > model.max_logprobs:
         message = f"Requested {kind} logprobs of {value}, which is greater than max allowed: {model.max_logprobs}"
-        raise InvalidRequest(message, name)
+        raise InvalidRequest(message, "logprobs" if kind == "sample" else "prompt_logprobs")  # in chats, too, as vLLM
 
 
 def max_tokens(wanted: int | None, prompt_length: int, model: Model, name: str = "max_tokens") -> int:

@@ -48,6 +48,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout: float = 25.0
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     chat_template: str | None = None  # a file, or a template; None: the model's own
     trust_request_chat_template: bool = False
     default_chat_template_kwargs: dict[str, Any] | None = None
@@ -91,6 +94,8 @@ class _Life:
     def __init__(self, config: ServerConfig, client: EngineClient, bound: socket.socket) -> None:
         self._config, self._client, self._bound = config, client, bound
         self._renderer: Any = None
+        self._grammars: Any = None
+        self._reasoning: Any = None
         self._signals = 0
         self._signalled = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -109,6 +114,8 @@ class _Life:
             await self._client.close()
             if self._renderer is not None:
                 await self._renderer.close()
+            if self._grammars is not None:
+                await self._grammars.close()
 
     def _signal(self) -> None:
         self._signals += 1
@@ -152,6 +159,8 @@ class _Life:
             templates = Templates.of(tokenizer, template)
             self._renderer = Renderer(templates, trust_requests=config.trust_request_chat_template)
             await self._renderer.start()
+            if config.reasoning_parser is not None:
+                self._reasoning = _reasoning(config.reasoning_parser, tokenizer)
             return tokenizer
 
         ready, tokenizer = await asyncio.gather(self._client.connect(), prepare())
@@ -164,6 +173,7 @@ class _Life:
         from serve.api.connection import Limits, file_limit, protocol
         from serve.api.fingerprint import fingerprint
         from serve.api.gate import known_hosts
+        from serve.api.grammars import Grammars
         from serve.api.model import AnswerFlags, Model
 
         class Server(uvicorn.Server):
@@ -175,12 +185,18 @@ class _Life:
         names = config.served_model_name or (folder,)
         flags = AnswerFlags(
             role=config.response_role,
+            auto_tools=config.enable_auto_tool_choice,
+            tool_parser=config.tool_call_parser,
+            reasoning=self._reasoning,
             template_kwargs=config.default_chat_template_kwargs or {},
             tokens_as_ids=config.return_tokens_as_token_ids,
             usage=config.enable_force_include_usage,
             interval=config.stream_interval,
         )
-        model = Model(names, folder, ready, tokenizer, self._renderer, config.max_logprobs, defaults, flags)
+        self._grammars = Grammars(tokenizer, ready.vocab_size, ready.eos_token_ids)
+        model = Model(
+            names, folder, ready, tokenizer, self._renderer, self._grammars, config.max_logprobs, defaults, flags
+        )
         app = create_app(
             model,
             self._client,
@@ -252,6 +268,16 @@ def _read(folder: str, config: ServerConfig) -> tuple[dict[str, Any], str | None
     try:
         return defaults, None if config.chat_template is None else read_template(config.chat_template)
     except TemplateFileError as error:
+        raise EngineFailed(str(error)) from None
+
+
+def _reasoning(name: str, tokenizer: Any) -> Any:
+    """How the model's thoughts are known. Raises EngineFailed."""
+    from serve.api.reasoning import Reasoning, ReasoningError
+
+    try:
+        return Reasoning.of(name, tokenizer)
+    except ReasoningError as error:
         raise EngineFailed(str(error)) from None
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
 from serve.api import request_log, validation
@@ -15,6 +16,7 @@ from serve.api.client import EngineClient, Group
 from serve.api.errors import json_response, log
 from serve.api.gate import clean_id
 from serve.api.http import EventStream, while_connected
+from serve.api.load_header import ASKED, load_header
 from serve.api.metrics import Metrics
 from serve.api.model import Model
 from serve.api.protocol import GenerationRequest
@@ -41,9 +43,9 @@ Shape = Callable[..., Reply]  # of id, body, job, model, fingerprint; prompt_det
 
 
 async def only_json(request: Request) -> None:
-    """Raises InvalidRequest unless the body says that it is JSON."""
+    """Raises RequestValidationError, as vLLM does, unless the body says that it is JSON."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed")
+        raise RequestValidationError([{"loc": (), "msg": "Unsupported Media Type: Only 'application/json' is allowed"}])
 
 
 class Service:
@@ -55,7 +57,7 @@ class Service:
         client: EngineClient,
         metrics: Metrics,
         *,
-        fingerprint: str,
+        fingerprint: str | None,
         prompt_details: bool = False,
         log_requests: bool = False,
         max_log_len: int = 0,
@@ -84,6 +86,8 @@ class Service:
             job = await validate(body, model)
             group = client.submit(
                 job.work(),
+                grammar=job.grammar,
+                constraints=job.constraints(),
                 n=job.n,
                 stream=bool(body.stream),
                 generate=job.generate,
@@ -110,7 +114,9 @@ class Service:
             content = await while_connected(request, reply.whole(group))
         finally:
             leave()
-        return Response(status_code=499) if content is None else json_response(content)
+        if content is None:
+            return Response(status_code=499)
+        return json_response(content, headers=load_header(request.headers.get(ASKED), self.metrics.load))
 
 
 def _request_id(body: GenerationRequest, request: Request) -> str:

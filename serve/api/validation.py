@@ -6,22 +6,20 @@ what they have in common is in prompts.py and sampling.py, what chats alone have
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lm.params import SamplingParams
-from serve.api import beam, conversation, prompts, sampling
+from serve.api import beam, conversation, form, prompts, sampling, structured, tools
+from serve.api.form import Form
 from serve.api.model import Model
 from serve.api.prompts import MAX_PROMPTS, Prompt
 from serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from serve.api.sampling import MAX_N
-from serve.engine.messages import BeamSearchParams
+from serve.engine.messages import BeamSearchParams, Constraint, Grammar
 from serve.engine.requests import children
 from serve.errors import InvalidRequest
 
 Params = SamplingParams | BeamSearchParams
-
-MAX_SALT = 128  # characters of a cache_salt
-NOT_IN_SALT = frozenset("@/\\\0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +30,11 @@ class Job:
     params: list[Params]  # one for each prompt: they differ in max_tokens
     n: int  # of a beam search, its width
     logprobs: int | None
-    prompt_logprobs: bool  # whether the body has them (echo with logprobs computes them for its own use)
+    prompt_logprobs: bool  # whether the body has them: where they were asked for, or echo with logprobs needed them
     generate: bool = True  # False: echo with max_tokens 0
     role: str = "assistant"  # of a chat: who speaks the answer,
     opening: str = ""  # and what of it stands in the prompt already and is shown again (echo)
+    forms: list[Form] = field(default_factory=list)  # one for each prompt: how its answers are bound, and read
 
     def work(self) -> list[tuple[list[int], Params]]:
         """What the engine is given: each sequence, with a seed of its own, or each beam search."""
@@ -46,6 +45,16 @@ class Job:
             else:
                 made += [(prompt.ids, child) for child in children(params, self.n)]
         return made
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What all answers have to obey."""
+        return self.forms[0].grammar if self.forms else None
+
+    def constraints(self) -> list[Constraint | None]:
+        """One for each sequence of `work`, where there are any."""
+        made: list[Constraint | None] = [one.constraint for one in self.forms for _ in range(self.n)]
+        return made if any(made) else []
 
 
 def sequences(body: GenerationRequest) -> int:
@@ -79,20 +88,23 @@ async def completion(body: CompletionRequest, model: Model) -> Job:
                     body, model, max_tokens=longest, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
                 )
             )
+    grammar = None if only_prompt else await structured.grammar(body, model)
     return Job(
         prompts=made,
         params=params,
+        forms=[form.of_completion(body, model, grammar, prompt.ids) for prompt in made],
         n=1 if body.n is None else body.n,
         generate=not only_prompt,
         logprobs=sampling.alternatives(body, body.logprobs),
-        prompt_logprobs=body.prompt_logprobs is not None,
+        prompt_logprobs=prompt_logprobs is not None,
     )
 
 
 async def chat(body: ChatRequest, model: Model) -> Job:
     """Raises InvalidRequest (400), NotFound (404) or Overloaded (503)."""
     _check(body, model)
-    conversation.check_tools(body)
+    use = tools.check(body, model)
+    form.show_marks(body, model, use)
     logprobs = conversation.logprobs(body)
     prompt_logprobs = body.prompt_logprobs
     if prompt_logprobs is None and body.echo and not body.stream:  # a stream has no place for them
@@ -104,7 +116,7 @@ async def chat(body: ChatRequest, model: Model) -> Job:
     longest = sampling.max_tokens(getattr(body, name), length, model, name)
     params: Params
     if body.use_beam_search:
-        params = beam.params(body, model, length, max_tokens=longest, logprobs=logprobs, field="top_logprobs")
+        params = beam.params(body, model, length, max_tokens=longest, logprobs=logprobs)
         prompt_logprobs = None
     else:
         params = sampling.params(
@@ -113,12 +125,15 @@ async def chat(body: ChatRequest, model: Model) -> Job:
             max_tokens=longest,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            names={"logprobs": "top_logprobs", "max_tokens": name},
+            logprobs_field="top_logprobs",
         )
     role = conversation.role(body, model)
+    forced = None if use is None else await tools.grammar(body, use, model)
+    grammar = forced or await structured.grammar(body, model)
     return Job(
         prompts=[prompt],
         params=[params],
+        forms=[form.of_chat(body, model, grammar, prompt.ids, use)],
         n=1 if body.n is None else body.n,
         logprobs=sampling.alternatives(body, logprobs),
         prompt_logprobs=prompt_logprobs is not None,
@@ -133,17 +148,6 @@ def _check(body: GenerationRequest, model: Model) -> None:
     sampling.widen(body, model)
     if model.ready.source:
         _check_source(body)
-    salt = body.cache_salt
-    if salt is not None and (not 1 <= len(salt) <= MAX_SALT or not NOT_IN_SALT.isdisjoint(salt)):
-        raise InvalidRequest(
-            f"cache_salt must have 1 to {MAX_SALT} characters, none of them @, /, a backslash or NUL; "
-            f"got {salt[:50]!r}.",
-            "cache_salt",
-        )
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("Stream options can only be defined when `stream=True`.", "stream_options")
-    if body.prompt_logprobs and body.stream:
-        raise InvalidRequest("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
 
 
 def _check_source(body: GenerationRequest) -> None:

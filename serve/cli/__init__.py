@@ -73,6 +73,8 @@ def _configs(given: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
         raise UsageError("--fingerprint-mode custom and --fingerprint-value TEXT need each other")
     if given.num_gpu_blocks_override is not None and given.kv_cache_memory_bytes is not None:
         raise UsageError("--num-gpu-blocks-override and --kv-cache-memory-bytes both say how large the cache is")
+    if given.enable_auto_tool_choice and given.tool_call_parser is None:
+        raise UsageError("--enable-auto-tool-choice requires --tool-call-parser")
     proposals = given.speculative_config or Lookup(0, 5, 5)
     speculation = {
         "speculative": proposals.tokens,

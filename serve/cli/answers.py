@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from argparse import _ArgumentGroup as Group
 
+from serve.api.reasoning import PARSERS as REASONING
+from serve.api.tool_parsers import PARSERS
 from serve.cli.types import integer, json_object
 
 
@@ -34,6 +36,13 @@ def add(answers: Group) -> None:
         type=json_object,
         metavar="JSON",
         help="variables of the chat template, for requests that set no other value",
+    )
+    answers.add_argument(
+        "--enable-auto-tool-choice", action="store_true", help="the model may call tools; needs --tool-call-parser"
+    )
+    answers.add_argument("--tool-call-parser", choices=sorted(PARSERS), help="how the model writes a call of a tool")
+    answers.add_argument(
+        "--reasoning-parser", choices=REASONING, help="how the model marks its thoughts, which are told from its answer"
     )
     answers.add_argument("--response-role", default="assistant", metavar="ROLE", help="who speaks the answer of a chat")
     answers.add_argument(

@@ -20,6 +20,7 @@ ONLY = {
     ("--prefix-caching-hash-algo",): ("sha256",),
     ("--chat-template-content-format",): ("auto",),
     ("--cpu-offload-gb",): ("0",),
+    ("--structured-outputs-config.backend",): ("auto", "guidance"),
     ("--long-prefill-token-threshold",): ("0",),
 }
 ALWAYS = ("--enable-chunked-prefill", "--enable-server-load-tracking")  # switches that cannot be off,
