@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser test-vllm test-clients test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams fuzz figures clean
+.PHONY: help install demo demo-translate test test-browser test-router test-vllm test-clients test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams fuzz figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,9 +54,16 @@ test-dashboard: $(STAMP) ## ask a real Prometheus all that the Grafana dashboard
 		echo "There is no Prometheus, and apt cannot fetch one: its part is skipped."
 	$(PY) -m pytest tests/serve/api/test_dashboard.py
 
+test-router: $(STAMP) ## deploy/: the router under a real nginx (Debian's package, fetched by apt), the manifests by their schema
+	@command -v nginx >/dev/null || test -x .cache/nginx/usr/sbin/nginx || { mkdir -p .cache/nginx && \
+		cd .cache/nginx && apt-get -qq download nginx && dpkg-deb -x nginx_*.deb .; } || \
+		echo "There is no nginx, and apt cannot fetch one: its part is skipped."
+	$(PY) -m pytest tests/deploy
+
 test-vllm: $(STAMP) ## the conformance suite: the same requests to real vLLM, in an environment that it makes (ONLY='chat/*' for some)
 	@$(PY) scripts/fetch.py smollm2
 	$(PY) -m pytest tests/conformance -s -o timeout=1800 --durations=0 $(if $(ONLY),--only "$(ONLY)")
+	$(if $(ONLY),,$(PY) -m pytest tests/on_vllm)
 
 # What `make test-clients` installs for itself; torch from TORCH_INDEX, as with `make install`.
 CLIENTS := .cache/clients
