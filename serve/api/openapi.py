@@ -34,6 +34,7 @@ def _one(value: str) -> Schema:
 
 
 ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_maybe(TEXT), code={"type": "integer"}))
+ANTHROPIC_ERROR = _object(type=_one("error"), error=_object(type=TEXT, message=TEXT))
 USAGE = _object(prompt_tokens=COUNT, total_tokens=COUNT, completion_tokens=COUNT)
 REASON = {"type": "string", "enum": ["stop", "length", "abort", "error", "repetition", "tool_calls"]}
 STOP = {"anyOf": [TEXT, {"type": "integer"}, {"type": "null"}]}
@@ -106,7 +107,7 @@ def install(app: FastAPI) -> None:
             schemas = made.setdefault("components", {}).setdefault("schemas", {})
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
-            schemas["Error"] = ERROR
+            schemas |= {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
             made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, methods in made["paths"].items():
                 for operation in methods.values():
@@ -132,13 +133,8 @@ def _complete(path: str, operation: Schema) -> None:
     operation["responses"] = {"200": answer | ({"content": content} if content else {})}
     if path in OPEN:
         operation["responses"]["503"] = {"description": "No: the engine is dead, or the server is shutting down."}
-    else:
-        operation["security"] = [{"key": []}]
-    if path not in OPEN:
-        operation["responses"] |= {
-            status: {
-                "description": said,
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-            }
-            for status, said in ERRORS.items()
-        }
+        return
+    form = "AnthropicError" if path.startswith("/v1/messages") else "Error"
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{form}"}}}
+    operation["responses"] |= {status: {"description": said, "content": error} for status, said in ERRORS.items()}
+    operation["security"] = [{"key": []}]
