@@ -49,7 +49,7 @@ class BatchRequest(Body):
         try:
             return [ChatRequest.model_validate(settings | {"messages": messages}) for messages in self.messages]
         except ValidationError as error:
-            raise RequestValidationError(error.errors()) from None
+            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
 def install(app: FastAPI, service: Service) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serve.api.messages_protocol import Block, Content, CountTokensRequest, MessagesRequest, Turn
+from serve.api.messages_protocol import Block, Content, CountTokensRequest, MessagesRequest, Thinks, Turn
 from serve.api.model import Model
 from serve.api.protocol import ChatRequest
 from serve.errors import InvalidRequest
@@ -55,7 +55,7 @@ def _generation(body: MessagesRequest) -> dict[str, Any]:
         "cache_salt": body.cache_salt,
         "kv_transfer_params": body.kv_transfer_params,
         "vllm_xargs": body.vllm_xargs,
-        "thinking_token_budget": body.thinking and body.thinking.budget_tokens,
+        "thinking_token_budget": body.thinking.budget_tokens if isinstance(body.thinking, Thinks) else None,
         "stream": body.stream,
     }
     if body.stream:
@@ -68,20 +68,20 @@ def _generation(body: MessagesRequest) -> dict[str, Any]:
 
 
 def _tools(body: CountTokensRequest) -> dict[str, Any]:
-    if not body.tools:
-        return {}
     tools = []
-    for tool in body.tools:
+    for tool in body.tools or []:
         schema = {"type": "object"} | tool.input_schema
         function = {"name": tool.name, "description": tool.description, "parameters": schema, "strict": tool.strict}
         tools.append({"type": "function", "function": function})
     choice = body.tool_choice
+    if not tools and (choice is None or choice.type in ("auto", "none")):
+        return {}
     if choice is None:
         return {"tools": tools, "tool_choice": "auto"}
     named = {"type": "function", "function": {"name": choice.name}}
     choices: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none", "tool": named}
     return {
-        "tools": tools,
+        "tools": tools or None,
         "tool_choice": choices[choice.type],
         "parallel_tool_calls": not choice.disable_parallel_tool_use,
     }

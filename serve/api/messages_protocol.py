@@ -84,15 +84,20 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class Thinking(Body):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1024, lt=2**63)] | None = None
+class Thinks(Body):
+    type: Literal["enabled"]
+    budget_tokens: Annotated[int, Field(ge=1024, lt=2**63)]
 
-    @model_validator(mode="after")
-    def _budgeted(self) -> Thinking:
-        if self.type == "enabled" and self.budget_tokens is None:
-            raise ValueError("thinking.budget_tokens is required when type is 'enabled'")
-        return self
+
+class ThinksNot(Body):
+    type: Literal["disabled"]
+
+
+class ThinksAtWill(Body):
+    type: Literal["adaptive"]
+
+
+Thinking = Annotated[Thinks | ThinksNot | ThinksAtWill, Field(discriminator="type")]
 
 
 class CountTokensRequest(Body):
@@ -126,7 +131,6 @@ class MessagesRequest(CountTokensRequest):
 
     @model_validator(mode="after")
     def _room(self) -> MessagesRequest:
-        budget = self.thinking and self.thinking.budget_tokens
-        if budget and budget >= self.max_tokens:
+        if isinstance(self.thinking, Thinks) and self.thinking.budget_tokens >= self.max_tokens:
             raise ValueError("thinking.budget_tokens must be less than max_tokens")
         return self

@@ -46,6 +46,8 @@ STATUS = {"length": "incomplete", "abort": "cancelled"}  # of a response by its 
 def install(app: FastAPI, service: Service) -> None:
     """Puts the routes on the app."""
     config = service.client.config
+    flags = service.model.flags
+    parsed = flags.reasoning is not None or flags.tool_parser is not None
     block = config.block_size if config.enable_prefix_caching and not service.model.ready.source else 0
 
     @app.post("/v1/responses", dependencies=[Depends(only_json)])
@@ -53,7 +55,7 @@ def install(app: FastAPI, service: Service) -> None:
         service.model.check_name(body.model)
 
         def shape(id: str, chat: ChatRequest, *given: Any, **settings: Any) -> ResponsesAnswer:
-            return ResponsesAnswer(body, ChatAnswer(id, chat, *given, **settings), block)
+            return ResponsesAnswer(body, ChatAnswer(id, chat, *given, **settings), block, parsed=parsed)
 
         chat = chat_of(body, service.model.max_model_len)
         return await service.answer(chat, request, _validate, shape, named_events=True)
@@ -85,11 +87,12 @@ async def _validate(chat: ChatRequest, model: Model) -> validation.Job:
 
 class ResponsesAnswer:
     """A chat's answer as a response: output items in place of choices. `block`: how many tokens of a prompt are kept
-    together in the prefix cache; 0 without one.
+    together in the prefix cache; 0 without one. `parsed`: whether thoughts or calls are looked for; as in vLLM, silence
+    is no message then.
     """
 
-    def __init__(self, request: ResponsesRequest, chat: Answer, block: int) -> None:
-        self._request, self._chat, self._block = request, chat, block
+    def __init__(self, request: ResponsesRequest, chat: Answer, block: int, *, parsed: bool = False) -> None:
+        self._request, self._chat, self._block, self._parsed = request, chat, block, parsed
         self.id = clean_id(request.request_id or "") or f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -112,7 +115,9 @@ class ResponsesAnswer:
         messages = self._messages(
             body["prompt_text"], body["prompt_token_ids"], message["content"], choice["token_ids"]
         )
-        return self._response(choice["finish_reason"], output or [silence()], **messages)
+        if not output and not self._parsed:
+            output = [silence()]
+        return self._response(choice["finish_reason"], output, **messages)
 
     async def chunks(self, group: Group) -> AsyncIterator[dict[str, Any]]:
         """The events. An error is one, too: the status has been sent by now."""

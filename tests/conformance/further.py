@@ -125,8 +125,8 @@ RESPONSES = [
     Case("responses/kept", "/v1/responses/resp_1", method="GET"),
     Case("responses/kept as a stream", "/v1/responses/resp_1?stream=true", method="GET"),
     Case("responses/cancelled", "/v1/responses/resp_1/cancel"),
-    Case("responses/got", "/v1/responses", method="GET"),
-    Case("responses/no key", "/v1/responses", {"input": "a"}, key=None),
+    Case("routes/responses got", "/v1/responses", method="GET"),
+    Case("keys/responses without", "/v1/responses", {"input": "a"}, key=None),
     Case("responses/as text", "/v1/responses", raw=b"{}", headers={"Content-Type": "text/plain"}),
     Case("responses/empty", "/v1/responses", raw=b"", headers=JSON),
 ]  # fmt: skip
@@ -184,8 +184,8 @@ MESSAGES = [
     _messages("stream to the end", stream=True, messages=[{"role": "user", "content": "Say only: yes"}], max_tokens=48),
     _messages("stream with a stop", stream=True, stop_sequences=[" of"], max_tokens=12),
     _messages("stream that fails at once", stream=True, temperature=3),
-    Case("messages/got", "/v1/messages", method="GET"),
-    Case("messages/no key", "/v1/messages", {"model": MODEL, "messages": HELLO, "max_tokens": 1}, key=None),
+    Case("routes/messages got", "/v1/messages", method="GET"),
+    Case("keys/messages without", "/v1/messages", {"model": MODEL, "messages": HELLO, "max_tokens": 1}, key=None),
     Case("messages/as text", "/v1/messages", raw=b"{}", headers={"Content-Type": "text/plain"}),
     _count("text"),
     _count("system", system="You are terse."),
@@ -223,7 +223,7 @@ INVOCATIONS = [
     Case("invocations/a list", "/invocations", []),
     Case("invocations/no JSON", "/invocations", raw=b"{", headers=JSON),
     Case("invocations/as text", "/invocations", raw=b"{}", headers={"Content-Type": "text/plain"}),
-    Case("invocations/no key", "/invocations", {"prompt": "a", "max_tokens": 1}, key=None),
+    Case("keys/invocations without", "/invocations", {"prompt": "a", "max_tokens": 1}, key=None),
 ]  # fmt: skip
 
 SCALE_OUT = [

@@ -360,7 +360,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": [{"role": "user", "content": "fox " * 400}]}, "This model's maximum context length is 256 tokens."),
     ({"chat_template_kwargs": {"chat_template": "x"}}, "Chat template is passed with request"),
-    ({"vllm_xargs": {"a": 1}}, "vllm_xargs is not supported"),
     ({"cache_salt": "a/b"}, "cache_salt must have"),
 ]
 
@@ -392,7 +391,8 @@ def test_what_has_the_wrong_type(server, fields: dict[str, Any], param: str) -> 
     response = server.post("/v1/messages", json={**GREEDY, **fields})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
-    assert (error["type"], error["code"], error["param"]) == ("Bad Request", 400, param)
+    assert (error["type"], error["code"]) == ("Bad Request", 400)
+    assert error["param"].split(".")[:2] == ["body", param]
 
 
 def test_thinking_leaves_room_for_an_answer(server) -> None:
