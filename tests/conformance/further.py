@@ -115,6 +115,8 @@ RESPONSES = [
     _responses("a tool that is not there", tools=[FUNCTION], tool_choice={"type": "function", "name": "g"}),
     _responses("a tool without a name", tools=[{"type": "function"}]),
     _responses("a strange choice of tools", tools=[FUNCTION], tool_choice="some"),
+    _responses("a tool that a server would run", tools=[{"type": "web_search"}], tool_choice="none"),
+    _responses("a conversation", conversation="conv_1"),
     _responses("a template", chat_template_kwargs={"chat_template": "{{ 1 }}"}),
     _responses("stream", stream=True),
     _responses("stream to the end", stream=True, input="Say only: yes", max_output_tokens=48),
