@@ -7,7 +7,6 @@ from typing import Any
 
 from serve.api.model import Model
 from serve.api.protocol import ChatRequest, Conversation, Message
-from serve.api.tools import shown
 from serve.errors import InvalidRequest
 
 # Parts that are text, under any of the names that clients send: the field that holds it.
@@ -35,7 +34,7 @@ async def render(body: Conversation, model: Model) -> str:
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     variables: dict[str, Any] = {
         **asked,
-        "tools": shown(body.tools),
+        "tools": None if body.tools is None else [tool.shown() for tool in body.tools],
         "documents": body.documents,
         "add_generation_prompt": body.add_generation_prompt,
     }

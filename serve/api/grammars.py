@@ -31,9 +31,11 @@ class Grammars:
     async def grammar(self, kind: str, value: Any, options: Mapping[str, Any], param: str) -> Grammar:
         """As grammar_check.grammar; `param` is the field at fault. Raises InvalidRequest or Overloaded."""
         try:
-            line = json.dumps({"kind": kind, "value": value, **options}).encode() + b"\n"
+            line = json.dumps({"kind": kind, "value": value, **options}, ensure_ascii=False).encode() + b"\n"
         except RecursionError:
             raise InvalidRequest(f"{param} is nested too deeply.", param) from None
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{param} has half of a surrogate pair.", param) from None
         if len(line) > MAX_CHARACTERS:
             raise InvalidRequest(f"{param} has more than {MAX_CHARACTERS} characters, too many for a grammar.", param)
         key = hashlib.sha256(line).digest()

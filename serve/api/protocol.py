@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from serve.api import before
+from serve.api.form_protocol import ResponseFormat, StructuredOutputs, Tool
 
 MAX_STOPS = 4
 
@@ -100,8 +101,8 @@ class GenerationRequest(Body):
 
     # Known and refused where set: see sampling.REFUSED.
     best_of: Int64 | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     thinking_token_budget: Int64 | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
@@ -151,7 +152,7 @@ class Conversation(Body):
     add_special_tokens: bool = False  # the template writes them itself
     chat_template: Text | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 

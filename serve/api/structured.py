@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from serve.api.form_protocol import ResponseFormat, StructuredOutputs
 from serve.api.model import Model
 from serve.api.protocol import GenerationRequest
 from serve.engine.messages import Grammar
 from serve.errors import InvalidRequest
 
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "json": (str, dict),
-    "regex": str,
-    "choice": list,
-    "grammar": str,
-    "json_object": bool,
-    "structural_tag": str,
-}
-FLAGS = ("disable_any_whitespace", "disable_additional_properties")
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 DEEPEST = 64  # objects and arrays in a schema, one in another
 WRAPPED = 16  # more of them, around the schemas of a structural tag
 MOST_CHOICES = 20_000
@@ -26,11 +19,12 @@ MOST_CHOICES = 20_000
 
 async def grammar(body: GenerationRequest, model: Model) -> Grammar | None:
     """None where the answer may be anything. Raises InvalidRequest, or Overloaded where too many are being compiled."""
-    asked, param = _asked(body), "structured_outputs"
+    param = "structured_outputs"
+    asked = _asked(body.structured_outputs)
     given = _of_format(body.response_format)
     if given is not None:
         param = "response_format"
-        asked = {**asked, **given} if asked is not None else given
+        asked = given if asked is None else asked | given
     if asked is None:
         return None
     kinds = [kind for kind in KINDS if asked.get(kind) is not None]
@@ -45,70 +39,46 @@ async def grammar(body: GenerationRequest, model: Model) -> Grammar | None:
     (kind,) = kinds
     value = asked[kind]
     _check(kind, value, param)
+    _check_use(body, param)
+    return await model.grammars.grammar(kind, value, _options(body.structured_outputs), param)
+
+
+def _options(asked: StructuredOutputs | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if asked.get("disable_any_whitespace"):
+    if asked is None:
+        return options
+    if asked.disable_any_whitespace:
         options["whitespace"] = False
-    elif asked.get("whitespace_pattern") is not None:
-        options["whitespace_pattern"] = asked["whitespace_pattern"]
-    if asked.get("disable_additional_properties"):
+    elif asked.whitespace_pattern is not None:
+        options["whitespace_pattern"] = asked.whitespace_pattern
+    if asked.disable_additional_properties:
         options["additional"] = False
-    _check_use(body, model, param)
-    return await model.grammars.grammar(kind, value, options, param)
+    return options
 
 
-def _asked(body: GenerationRequest) -> dict[str, Any] | None:
-    """structured_outputs, its types checked."""
-    asked = body.structured_outputs
-    for name, kind in KINDS.items() if asked else ():
-        value = (asked or {}).get(name)
-        if value is not None and not isinstance(value, kind):
-            raise InvalidRequest(f"structured_outputs.{name} is of a type that it cannot have.", "structured_outputs")
+def _asked(asked: StructuredOutputs | None) -> dict[str, Any] | None:
+    """By kind."""
     if asked is None:
         return None
-    choices = asked.get("choice")
-    if choices is not None and not all(isinstance(choice, str) for choice in choices):
-        raise InvalidRequest("structured_outputs.choice must be a list of texts.", "structured_outputs")
-    for name in FLAGS:
-        if not isinstance(asked.get(name, False), (bool, type(None))):
-            raise InvalidRequest(f"structured_outputs.{name} must be true or false.", "structured_outputs")
-    if not isinstance(asked.get("whitespace_pattern"), (str, type(None))):
-        raise InvalidRequest("structured_outputs.whitespace_pattern must be a text.", "structured_outputs")
-    return asked
+    return {kind: asked.schema_ if kind == "json" else getattr(asked, kind) for kind in KINDS}
 
 
-def _of_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+def _of_format(given: ResponseFormat | None) -> dict[str, Any] | None:
     """response_format in the words of structured_outputs."""
-    if given is None:
+    if given is None or given.type == "text":
         return None
-    kind = given.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
+    if given.type == "json_object":
         return {"json_object": True}
-    if kind == "json_schema":
-        described = given.get("json_schema")
-        if described is None:
+    if given.type == "json_schema":
+        if given.json_schema is None:
             raise InvalidRequest(
                 "When response_format type is 'json_schema', the 'json_schema' field must be provided.",
                 "response_format",
             )
-        if not isinstance(described, dict) or not isinstance(described.get("name"), str):
-            raise InvalidRequest(
-                "response_format.json_schema must be an object with a name and a schema.", "response_format"
-            )
-        schema = described.get("schema")
-        if not isinstance(schema, (dict, type(None))):
-            raise InvalidRequest("response_format.json_schema.schema must be an object.", "response_format")
-        return {"json": schema}
-    if kind == "structural_tag":
-        if not isinstance(given.get("structures"), list) or not isinstance(given.get("triggers"), list):
-            raise InvalidRequest("Invalid response_format structural_tag specification.", "response_format")
-        return {"structural_tag": json.dumps(given)}
-    raise InvalidRequest(
-        f"response_format.type is {str(kind)[:50]!r}; it must be 'text', 'json_object', 'json_schema' or "
-        "'structural_tag'.",
-        "response_format",
-    )
+        return {"json": given.json_schema.schema_}
+    if given.structures is None or given.triggers is None:
+        raise InvalidRequest("Invalid response_format structural_tag specification.", "response_format")
+    return {"structural_tag": json.dumps({"structures": given.structures, "triggers": given.triggers})}
 
 
 def _check(kind: str, value: Any, param: str) -> None:
@@ -156,6 +126,6 @@ def _within(value: dict[str, Any] | list[Any]) -> Any:
     return value.values() if isinstance(value, dict) else value
 
 
-def _check_use(body: GenerationRequest, model: Model, param: str) -> None:
+def _check_use(body: GenerationRequest, param: str) -> None:
     if body.use_beam_search:
         raise InvalidRequest(f"{param} is not available with use_beam_search: a search follows no grammar.", param)

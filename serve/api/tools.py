@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.api.form_protocol import Function
 from serve.api.model import Model
 from serve.api.protocol import ChatRequest
 from serve.api.tool_parsers import PARSERS, ToolParser
@@ -14,7 +16,6 @@ from serve.errors import InvalidRequest
 
 USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
 ANYTHING = {"type": "object"}
-KINDS = ("json", "regex", "choice")  # what vLLM does not let a named tool be combined with
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,15 @@ def check(body: ChatRequest, model: Model) -> ToolUse | None:
     choice: Any = body.tool_choice
     if "tool_choice" not in body.model_fields_set:
         choice = "auto" if body.tools else "none"
-    _check_forms(body, choice)
+    asked = body.structured_outputs
+    if (
+        isinstance(choice, dict)
+        and asked
+        and any(one is not None for one in (asked.schema_, asked.regex, asked.choice))
+    ):
+        raise InvalidRequest(
+            "You can only either use constraints for structured outputs or tools, not both.", "structured_outputs"
+        )
     if choice in (None, "none"):
         return None
     if body.tools is None:
@@ -69,59 +78,27 @@ async def grammar(body: ChatRequest, use: ToolUse, model: Model) -> Grammar | No
     """What an answer has to obey in which a tool has to be called. Raises InvalidRequest or Overloaded."""
     if use.choice == "auto":
         return None
-    tools = [tool["function"] for tool in body.tools or []]
+    tools = [tool.function for tool in body.tools or []]
     if isinstance(body.tool_choice, dict):
         wanted = body.tool_choice["function"]["name"]
-        tools = [next(tool for tool in tools if tool["name"] == wanted)]
+        tools = [next(tool for tool in tools if tool.name == wanted)]
     return await model.grammars.grammar("lark", lark(tools, use), {}, "tools")
 
 
-def lark(tools: list[dict[str, Any]], use: ToolUse) -> str:
+def lark(tools: Sequence[Function], use: ToolUse) -> str:
     """The grammar of calls as the parser reads them, in llguidance's Lark."""
     parser = use.parser
     more = "" if use.single else f" ({_quoted(parser.separator)} call)*"
     rules = [f"start: call{more}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
-        begin = f'{parser.begin}{{"name": {json.dumps(tool["name"], ensure_ascii=False)}, "{parser.keys[0]}": '
+        begin = f'{parser.begin}{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{parser.keys[0]}": '
         rules.append(f"call_{i}: {_quoted(begin)} arguments_{i} {_quoted('}' + parser.end)}")
-        rules.append(f"arguments_{i}: %json {json.dumps(tool.get('parameters') or ANYTHING)}")
+        rules.append(f"arguments_{i}: %json {json.dumps(tool.parameters or ANYTHING)}")
     return "\n".join(rules)
-
-
-def shown(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Tools as templates get them from vLLM: these keys in this order."""
-    if tools is None:
-        return None
-    made = []
-    for tool in tools:
-        given = tool.get("function")
-        if not isinstance(given, dict):  # of a request that only renders
-            made.append(tool)
-            continue
-        function = {name: given.get(name) for name in ("name", "description", "parameters")}
-        function |= {name: given[name] for name in ("strict", "defer_loading") if given.get(name) is not None}
-        made.append({"type": "function", "function": function})
-    return made
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _check_forms(body: ChatRequest, choice: Any) -> None:
-    for i, tool in enumerate(body.tools or []):
-        function = tool.get("function")
-        if tool.get("type", "function") != "function" or not isinstance(function, dict):
-            raise InvalidRequest(f"tools[{i}] must have the type 'function' and an object of that name.", "tools")
-        if not isinstance(function.get("name"), str) or not function["name"]:
-            raise InvalidRequest(f"tools[{i}].function has no name.", "tools")
-        if not isinstance(function.get("parameters"), (dict, type(None))):
-            raise InvalidRequest(f"tools[{i}].function.parameters must be a JSON schema.", "tools")
-    asked = body.structured_outputs or {}
-    if isinstance(choice, dict) and any(asked.get(kind) is not None for kind in KINDS):
-        raise InvalidRequest(
-            "You can only either use constraints for structured outputs or tools, not both.", "structured_outputs"
-        )
 
 
 def _named(body: ChatRequest, choice: dict[str, Any]) -> str:
@@ -140,7 +117,7 @@ def _named(body: ChatRequest, choice: dict[str, Any]) -> str:
         raise InvalidRequest(
             f"Invalid `name` in `function`: `{str(name)[:50]}` in `tool_choice`! {USAGE}", "tool_choice.function.name"
         )
-    if all(tool["function"]["name"] != name for tool in body.tools or []):
+    if all(tool.function.name != name for tool in body.tools or []):
         raise InvalidRequest(
             "The tool specified in `tool_choice` does not match any of the specified `tools`", "tool_choice"
         )

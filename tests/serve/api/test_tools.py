@@ -176,9 +176,9 @@ def test_openais_client_takes_it(calling) -> None:
     ("fields", "param", "sentence"),
     [
         ({"tools": []}, "tools", "`tools` must not be an empty array."),
-        ({"tools": [{"type": "code"}]}, "tools", "tools[0] must have the type 'function'"),
-        ({"tools": [{"function": {"name": 5}}]}, "tools", "tools[0].function has no name."),
-        ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "tools", "tools[0].function.parameters must be"),
+        ({"tools": [{"type": "code"}]}, "body.tools.0.type", "2 validation errors: "),
+        ({"tools": [{"function": {"name": 5}}]}, "body.tools.0.function.name", "1 validation error: "),
+        ({"tools": [{"function": {"name": "f", "parameters": 5}}]}, "body.tools.0.function.parameters", "1 validation"),
         ({"tool_choice": "required"}, "tool_choice", "When using `tool_choice`, `tools` must be set."),
         ({"tools": TOOLS, "tool_choice": {}}, "tool_choice.function", "Invalid value for `function`: `None`"),
         ({"tools": TOOLS, "tool_choice": {"function": {}}}, "tool_choice.function.name", "Expected field `name`"),
