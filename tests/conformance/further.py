@@ -172,6 +172,7 @@ MESSAGES = [
     _messages("an empty model", model=""),
     _messages("an unknown field", nothing=1),
     _messages("tools shown", tools=[{"name": "f", "input_schema": {"type": "object"}}], tool_choice={"type": "none"}),
+    _messages("a tool that has to be used and none given", tool_choice={"type": "any"}),
     _messages("a tool without a schema", tools=[{"name": "f"}]),
     _messages("a named tool without a name", tool_choice={"type": "tool"}),
     _messages("thinking without a budget", thinking={"type": "enabled"}),
