@@ -1,7 +1,8 @@
 """Run by vLLM's own interpreter: the same prompts to each folder, one after the other; the answers as JSON.
 
-python ask_vllm.py RESULT PROMPTS FOLDER ...: PROMPTS is a file with a list of lists of token ids. RESULT gets, for each
-folder and prompt, [token, the two best log-probabilities] for each token of a greedy answer.
+python ask_vllm.py RESULT PROMPTS SETTINGS FOLDER ...: PROMPTS is a file with a list of lists of token ids, SETTINGS
+what vLLM's LLM is given beside the folder, in JSON. RESULT gets, for each folder and prompt, [token, the two best
+log-probabilities] for each token of a greedy answer.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 
 def main() -> None:
-    result, prompts, *folders = sys.argv[1:]
+    result, prompts, settings, *folders = sys.argv[1:]
     asked = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
     params = SamplingParams(max_tokens=24, temperature=0, logprobs=2, ignore_eos=True)
     found = []
     for folder in folders:
-        llm = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_num_seqs=8)
+        llm = LLM(folder, **json.loads(settings))
         outputs = [output.outputs[0] for output in llm.generate(asked, params, use_tqdm=False)]
         pairs = [zip(output.token_ids, output.logprobs, strict=True) for output in outputs]
         found.append([[[token, best(row)] for token, row in answer] for answer in pairs])

@@ -7,6 +7,7 @@ bring it: on the path, with the entry points of pyproject.toml.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ import torch
 
 from lm import DecoderConfig, DecoderLM, pretrained
 from lm.tokenizer import Tokenizer, train_bpe
+from serve import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 420.0  # seconds for a start
@@ -138,6 +140,50 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
     pretrained.save(model, folder, tokenizer=tokenizer)
     assert pretrained.read_architecture(folder) == pretrained.OWN_ARCHITECTURE
     return folder
+
+
+@pytest.fixture(scope="session")
+def ask_vllm(
+    vllm_python: Path, vllm_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[list[Any]]]:
+    """For each folder and prompt of token ids, vLLM's greedy answer: [token, the two best log-probabilities] each."""
+
+    def ask(prompts: list[list[int]], *folders: Path, **settings: Any) -> list[list[Any]]:
+        place = tmp_path_factory.mktemp("ask")
+        (place / "prompts").write_text(json.dumps(prompts))
+        plain = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 8}
+        script = str(Path(__file__).with_name("ask_vllm.py"))
+        command = [str(vllm_python), script, "result", "prompts", json.dumps(plain | settings), *map(str, folders)]
+        variables = vllm_variables | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads((place / "result").read_text())
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def ask_native() -> Callable[..., list[Any]]:
+    """The native engine's answers to the same, of one folder."""
+
+    def ask(prompts: list[list[int]], folder: Path) -> list[Any]:
+        llm = LLM(str(folder), dtype="float32", kv_cache_memory_bytes=1 << 26)
+        params = SamplingParams(max_tokens=24, temperature=0, logprobs=2, ignore_eos=True)
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        return [
+            [
+                (token, sorted((entry.logprob for entry in row.values()), reverse=True)[:2])
+                for token, row in zip(output.token_ids, output.logprobs, strict=True)
+            ]
+            for output in (result.outputs[0] for result in llm.generate(asked, params))
+        ]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ def test_greedy_completions_are_the_same(both: Both, prompt: str) -> None:
         assert best == pytest.approx(their_best, abs=1e-3)
         compared += 1
     else:
-        assert (ours["text"], ours["finish_reason"]) == (theirs["text"], theirs["finish_reason"])
+        # An unfinished character at the end is shown here and dropped there: docs/serving.md.
+        assert ours["text"].rstrip("\ufffd") == theirs["text"].rstrip("\ufffd")
+        assert ours["finish_reason"] == theirs["finish_reason"]
         assert here["usage"]["completion_tokens"] == there["usage"]["completion_tokens"]
     assert compared >= 10
 
