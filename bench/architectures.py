@@ -5,7 +5,7 @@
 German to English. Training text: each Multi30k pair once alone and once inside a concatenation of two to four, so that
 models see sentences of up to some 50 words, as RNNsearch-50 did. One run gives the table (test_2016_flickr as it is)
 and the picture after figure 2 of arXiv 1409.0473: BLEU against the length of concatenated test sentences.
-A run that exists is continued or, if it is finished, used as it is. Speeds are measured afterwards, in turns.
+A run that exists is continued or, if it is finished, used as it is: remove its folder where its recipe has changed. Speeds are measured afterwards, in turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.multi30k import RECIPES, Case, bleu, data, judged_loss, lines, train, translate
+from bench.multi30k import RECIPES, Case, bleu, data, judged_loss, lines, read_metrics, train, translate
 from bench.record import ROOT, WORK, save_table, timed, train_command
 
 SOURCE, TARGET = "de", "en"
@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 def concatenated(folder: Path) -> dict[str, Path]:
-    """The training and validation text; written once."""
+    """The training and validation text, byte for byte the same each time: a run that goes on knows its text by it."""
     names = {f"data.{key}": folder / f"{key}.gz" for key in ("source", "target")}
     held = {f"data.validation_{key}": folder / f"validation_{key}.gz" for key in ("source", "target")}
     for split, (source, target) in (("train", names.values()), ("val", held.values())):
@@ -63,8 +63,8 @@ def concatenated(folder: Path) -> dict[str, Path]:
             joined.append(tuple(" ".join(side) for side in zip(*group, strict=True)))
         folder.mkdir(parents=True, exist_ok=True)
         for file, side in ((source, 0), (target, 1)):
-            with gzip.open(file, "wt", encoding="utf-8") as out:
-                out.writelines(f"{pair[side]}\n" for pair in [*pairs, *joined])
+            text = "".join(f"{pair[side]}\n" for pair in [*pairs, *joined])
+            file.write_bytes(gzip.compress(text.encode(), mtime=0))
     return names | held
 
 
@@ -94,12 +94,18 @@ def run_of(case: Case, files: dict[str, Path]) -> tuple[Path, Case]:
     return run_dir, Case(case.model, case.recipe, case.source, case.target, overrides=overrides)
 
 
+def is_trained(case: Case, files: dict[str, Path]) -> bool:
+    """Whether its run has ended: the mean of its last checkpoints is written last."""
+    return (run_of(case, files)[0] / "model-last").is_dir()
+
+
 def judge(case: Case, files: dict[str, Path]) -> dict[str, Any]:
-    """Trains a case, and what the table says of it but speeds."""
+    """Trains a case that is not trained yet, and what the table says of it but speeds."""
     from lm.pretrained import read_config
 
+    done = is_trained(case, files)
     run_dir, case = run_of(case, files)
-    metrics = train(case, 1, run_dir)
+    metrics = read_metrics(run_dir) if done else train(case, 1, run_dir)
     source, target = lines("test_2016_flickr", SOURCE), lines("test_2016_flickr", TARGET)
     found = {
         "model": case.model,
@@ -171,7 +177,7 @@ def main() -> None:
                 judge(case, files)
         return
     if options.trained:
-        cases = [case for case in [*CASES, *POSITIONS] if (run_of(case, files)[0] / "model-last").is_dir()]
+        cases = [case for case in [*CASES, *POSITIONS] if is_trained(case, files)]
     rows = {case.model: judge(case, files) for case in cases}
     buckets = by_length()
     curves = {

@@ -90,6 +90,11 @@ def train(case: Case, seed: int, run_dir: Path) -> list[dict[str, Any]]:
             case.recipe, f"run.dir={run_dir}", f"run.seed={seed}", "log.wandb=null", *overrides, *case.overrides
         )
     )
+    return read_metrics(run_dir)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
