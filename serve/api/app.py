@@ -110,9 +110,9 @@ def create_app(
         return json_response({"object": "list", "data": [_card(name, model, started) for name in model.names]})
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
+    async def one_model(name: str, request: Request) -> Response:
         if not name:
-            return RedirectResponse("/v1/models")
+            return RedirectResponse(request.url_for("models"))
         model.check_name(name)
         return json_response(_card(name, model, started))
 

@@ -57,13 +57,14 @@ class TokenTexts:
             for other, value in entry.top:
                 chosen.setdefault(other, value)
             shown = [self._spelt(one, value, context) for one, value in list(chosen.items())[: max(k, 1)]]
-            listed.append(shown[0] | {"top_logprobs": shown[:k]})
+            spelt = list(self._decoded(id, context).encode())  # of the text, even where tokens are named by their ids
+            listed.append(shown[0] | {"bytes": spelt, "top_logprobs": shown[:k]})
             context.append(id)
         return {"content": listed}
 
     def _spelt(self, id: int, value: float, context: Context) -> dict[str, Any]:
-        spelt = self._decoded(id, context)
-        return {"token": self.text(id, context), "logprob": max(value, LOWEST), "bytes": list(spelt.encode())}
+        text = self.text(id, context)
+        return {"token": text, "logprob": max(value, LOWEST), "bytes": list(text.encode())}
 
     def _top(self, entry: TokenLogprobs, k: int, context: Context) -> dict[str, float]:
         """The token itself, then the k most probable."""

@@ -31,7 +31,8 @@ class Outcome:
 
     def __str__(self) -> str:
         first = self.failures[0] if self.failures else "equal"
-        return f"{self.case.name}\n{self.case}\n\nours:   {self.ours}\n\nvLLM's: {self.theirs}\n\nfirst difference: {first}"
+        parts = (f"{self.case.name}\n{self.case}", f"ours:   {self.ours}", f"vLLM's: {self.theirs}")
+        return "\n\n".join((*parts, f"first difference: {first}"))
 
 
 class Asking:
@@ -50,7 +51,8 @@ class Asking:
             mine = [ours.submit(ask, self._heed, case) for case in together]
             other = [theirs.submit(ask, self._vllm, case) for case in together]
             pairs = [(one.result(), two.result()) for one, two in zip(mine, other, strict=True)]
-        lone = [case for case in cases if case.alone]
+        # In vLLM a request with logprob_token_ids changes the top_logprobs of those after it: such come last.
+        lone = sorted((case for case in cases if case.alone), key=lambda case: bool(_named_tokens(case)))
         pairs += [(ask(self._heed, case), ask(self._vllm, case)) for case in lone]
         return {case.name: self._judge(case, *pair) for case, pair in zip(together + lone, pairs, strict=True)}
 
@@ -85,6 +87,10 @@ class Asking:
         return False
 
 
+def _named_tokens(case: Case) -> Any:
+    return case.body.get("logprob_token_ids") if isinstance(case.body, dict) else None
+
+
 def _gap(logprobs: dict[str, Any], place: int) -> float:
     """Between the two likeliest tokens of a position."""
     if "content" in logprobs:
@@ -112,4 +118,4 @@ def readable(case: Case, answer: Answer) -> Answer:
     """/metrics as an object of names and types: values are a run's own."""
     if case.path != "/metrics" or not isinstance(answer.body, str):
         return answer
-    return replace(answer, body={name: kind for name, kind in METRIC.findall(answer.body)})
+    return replace(answer, body=dict(METRIC.findall(answer.body)))

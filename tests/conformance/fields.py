@@ -34,15 +34,30 @@ SHARED: dict[str, list[Any]] = {
     "prompt_logprobs": [None, 0, 1, 3, -1, -2, 20, 21, "1", "x", True],
     "logprob_token_ids": [None, [], [260]],
     "logit_bias": [
-        None, {}, {"260": 100}, {"260": 200}, {"260": -100.5}, {"x": 1}, {"-1": 1}, {"49152": 1}, {"260": "x"},
-        {"260": None}, [1], 5,
+        None,
+        {},
+        {"260": 100},
+        {"260": 200},
+        {"260": -100.5},
+        {"x": 1},
+        {"-1": 1},
+        {"49152": 1},
+        {"260": "x"},
+        {"260": None},
+        [1],
+        5,
     ],
     "allowed_token_ids": [None, [], [260, 253, 28], [49152], [-1], 5, ["x"]],
     "bad_words": [[], [" the"], [""], ["the", " a", "Paris"], None, "x", [5]],
     "repetition_detection": [
-        None, {}, {"max_pattern_size": 2, "min_count": 2}, {"max_pattern_size": 2},
-        {"max_pattern_size": -1, "min_count": 2}, {"max_pattern_size": 1, "min_pattern_size": 2, "min_count": 2},
-        {"max_pattern_size": "x"}, 5,
+        None,
+        {},
+        {"max_pattern_size": 2, "min_count": 2},
+        {"max_pattern_size": 2},
+        {"max_pattern_size": -1, "min_count": 2},
+        {"max_pattern_size": 1, "min_pattern_size": 2, "min_count": 2},
+        {"max_pattern_size": "x"},
+        5,
     ],
     "stream": [False, None, "no", "x", 3],
     "stream_options": [None, {}, {"include_usage": True}, 5, "x"],
@@ -62,7 +77,7 @@ SHARED: dict[str, list[Any]] = {
     "use_beam_search": [None, "x"],
     "length_penalty": [0.5, "x", None],
     "thinking_token_budget": [None, -2, "x"],
-    "kv_transfer_params": [None, 5],
+    "kv_transfer_params": [None, 5, OBJECT],
     "ec_transfer_params": [None, 5],
     "vllm_xargs": [None, 5, {"a": [1, "b"]}],
     "response_format": [None, {"type": "text"}, {}, {"type": "nonsense"}, {"type": "json_schema"}, 5],
@@ -79,8 +94,9 @@ SHARED: dict[str, list[Any]] = {
 
 COMPLETION: dict[str, list[Any]] = {
     "prompt": [
-        None, "", [], [[]], [""], ["a", ""], 5, True, OBJECT, [-1], [1.5], [49152], [INT64], ["a", 1], [[1], "a"], [[-1]],
-        [504, 3575, 282, 4649, 314], [[504, 3575, 282], [504, 1, 2]], ["The sky", "Water is"], "naïve 你好 🦊", "\n\n", "\u0000",
+        None, "", [], [[]], [""], ["a", ""], 5, True, OBJECT, [-1], [1.5], [49152], [INT64], ["a", 1], [[1], "a"],
+        [[-1]], [504, 3575, 282, 4649, 314], [[504, 3575, 282], [504, 1, 2]], ["The sky", "Water is"], "naïve 你好 🦊",
+        "\n\n", "\u0000",
         [1] * 511, [1] * 512, [1] * 513, "word " * 600,
     ],
     "max_tokens": [None, 0, 1, 511, 512, 513, -1, INT64, 1.5, 2.0, "2", "x", True],
@@ -165,6 +181,7 @@ def _case(subject: str, path: str, base: dict[str, Any], field: str, value: Any)
     drawn = field == "temperature" and (value is None or not isinstance(value, (int, float)) or value >= 1e-5)
     if drawn:
         body["ignore_eos"] = True
+    lone = field == "logprob_token_ids"  # in a batch with others, it changes their log-probabilities in vLLM
     shown = repr(value)
-    shown = shown if len(shown) <= 90 else f"{shown[:60]}...{shown[-15:]}"
-    return Case(f"{subject}/{field}={shown}", path, body, shape=drawn)
+    shown = shown if len(shown) <= 90 else f"{shown[:60]}... ({len(shown)})"
+    return Case(f"{subject}/{field}={shown}", path, body, shape=drawn, alone=lone)
