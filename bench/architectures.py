@@ -5,7 +5,8 @@
 German to English. Training text: each Multi30k pair once alone and once inside a concatenation of two to four, so that
 models see sentences of up to some 50 words, as RNNsearch-50 did. One run gives the table (test_2016_flickr as it is)
 and the picture after figure 2 of arXiv 1409.0473: BLEU against the length of concatenated test sentences.
-A run that exists is continued or, if it is finished, used as it is: remove its folder where its recipe has changed. Speeds are measured afterwards, in turns.
+A run that exists is continued or, if it is finished, used as it is: remove its folder where its recipe has changed.
+Speeds are measured afterwards, in turns.
 """
 
 from __future__ import annotations
