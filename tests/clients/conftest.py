@@ -60,6 +60,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     log = tmp_path_factory.mktemp("server") / "serve.log"
     command = [PYTHON, "-m", "serve", str(folder), "--port", "0", "--dtype", "float32", "--kv-cache-memory-bytes", "1G"]
     command += ["--max-model-len", "2048", "--served-model-name", NAME, "--api-key", KEY]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
@@ -77,7 +78,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     assert "Traceback" not in log.read_text()
 
 
-def run(command: list[str], *, cwd: Path, seconds: float = 240, **environment: str) -> str:
+def run(command: list[str], *, cwd: Path, seconds: float = 420, **environment: str) -> str:
     """What a command line program says; fails with all of it where the program does."""
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds

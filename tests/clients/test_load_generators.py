@@ -27,9 +27,7 @@ def test_guidellm(server, folder: Path, tmp_path: Path, route: str) -> None:
     assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {6}
 
 
-@pytest.mark.parametrize(
-    ("backend", "route"), [("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")]
-)
+@pytest.mark.parametrize(("backend", "route"), [("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")])
 def test_vllm_bench_serve(server, folder: Path, tmp_path: Path, backend: str, route: str) -> None:
     if not VLLM.exists():
         pytest.skip("vLLM's environment is not here: `make test-vllm` makes it")
