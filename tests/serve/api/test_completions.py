@@ -129,7 +129,7 @@ def test_usage_in_a_stream(server) -> None:
 
 def test_a_stream_interval_bundles_tokens(server) -> None:
     chunks = stream(server, **GREEDY, stream_interval=10)
-    assert len(chunks) <= 3
+    assert len(chunks) <= 4  # the first token is not held back
     whole = server.complete(**GREEDY)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
 
@@ -196,11 +196,14 @@ def test_logprobs_are_a_log_softmax(server, model: DecoderLM, tokenizer: Tokeniz
             logits = model.step(torch.tensor([ids[-1:]]), model.start(torch.tensor([ids])))[0][0, -1]
         row = torch.log_softmax(logits, dim=-1)
         assert given["token_logprobs"][position] == pytest.approx(row[id].item(), abs=1e-4)
-        text = tokenizer.inner.decode([id], skip_special_tokens=False)
-        assert given["tokens"][position] == text
-        assert given["top_logprobs"][position][text] == pytest.approx(row[id].item(), abs=1e-4)
+        text = given["tokens"][position]
+        alone = tokenizer.inner.decode([id], skip_special_tokens=False)
+        assert text == alone or alone.endswith("\ufffd")  # then it is of a character that another token completes
+        if text:  # else more than one token may be called so
+            assert given["top_logprobs"][position][text] == pytest.approx(row[id].item(), abs=1e-4)
         assert len(given["top_logprobs"][position]) <= 4
         ids.append(id)
+    assert "".join(given["tokens"]) == choice["text"].rstrip("\ufffd")
     lengths = [len(text) for text in given["tokens"]]
     assert given["text_offset"] == [sum(lengths[:i]) for i in range(len(lengths))]
     chunks = [chunk["choices"][0]["logprobs"] for chunk in stream(server, **GREEDY, logprobs=3)]
@@ -302,7 +305,7 @@ def test_the_context_is_filled_and_no_more(server, tokenizer: Tokenizer) -> None
 
 def test_ids_and_names(server) -> None:
     response = server.post("/v1/completions", json={**GREEDY, "model": "also-tiny"}, headers={"X-Request-Id": "mine-1"})
-    assert (response.json()["id"], response.json()["model"]) == ("cmpl-mine-1", "also-tiny")
+    assert (response.json()["id"], response.json()["model"]) == ("cmpl-mine-1", "tiny")
     assert server.complete(**GREEDY, request_id="b")["id"] == "cmpl-b"
     assert server.complete(**GREEDY, some_field_of_the_future={"a": 1})["object"] == "text_completion"
 

@@ -168,8 +168,8 @@ def test_halves_of_surrogate_pairs(server) -> None:
 
 def test_a_body_must_say_that_it_is_json(server) -> None:
     response = server.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
-    error = refused(response, 400, "BadRequestError")
-    assert error["message"] == "Unsupported Media Type: Only 'application/json' is allowed"
+    error = refused(response, 400, "Bad Request")
+    assert error["message"] == "1 validation error: Unsupported Media Type: Only 'application/json' is allowed"
 
 
 def test_what_does_not_exist(server) -> None:
