@@ -21,6 +21,9 @@ TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(e
 # Commands of other programs that a page may show; what they do is theirs to test.
 OTHERS = {
     "cd",
+    "vllm",
+    "lm_eval",
+    "guidellm",
     "source",
     "git",
     "pip",

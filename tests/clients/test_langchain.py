@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
@@ -43,7 +45,7 @@ def test_an_answer_of_a_given_shape(chat: ChatOpenAI) -> None:
 
 def test_a_tool_that_must_be_called(chat: ChatOpenAI) -> None:
     @tool
-    def weather(city: str) -> str:
+    def weather(city: Annotated[str, Field(max_length=20)]) -> str:
         """The weather of a city."""
         return f"It rains in {city}."
 

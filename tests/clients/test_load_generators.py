@@ -17,7 +17,7 @@ def test_guidellm(server, folder: Path, tmp_path: Path, route: str) -> None:
     report = tmp_path / "report.json"
     command = [str(Path(sys.executable).parent / "guidellm"), "run", "--disable-console"]
     command += ["--backend", f"kind=openai_http,target={server.url},model=smollm2,api_key={KEY},request_format={route}"]
-    command += ["--tokenizer", f"kind=huggingface_auto,source={folder}"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={folder}"]
     command += ["--data", "kind=synthetic_text,prompt_tokens=24,output_tokens=6"]
     command += ["--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=12"]
     run([*command, "--output", f"kind=json,path={report}"], cwd=tmp_path, HF_HOME=str(tmp_path))
