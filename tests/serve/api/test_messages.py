@@ -311,11 +311,15 @@ def test_settings_reach_the_chat() -> None:
         )
     )
     function = {"name": "f", "description": None, "parameters": {"type": "object", **schema}, "strict": None}
-    assert chat.tools == [{"type": "function", "function": function}]
+    assert [tool.model_dump(exclude_unset=True) for tool in chat.tools or []] == [
+        {"type": "function", "function": function}
+    ]
     assert (chat.tool_choice, chat.stop, chat.top_k, chat.max_tokens) == ("required", ["x"], 4, 5)
     assert (chat.reasoning_effort, chat.stream, chat.stream_options) == ("low", False, None)
     asked = {"name": "json_schema", "schema": schema}
-    assert chat.response_format == {"type": "json_schema", "json_schema": asked}
+    assert chat.response_format is not None
+    given = chat.response_format.model_dump(by_alias=True, exclude_unset=True)
+    assert given == {"type": "json_schema", "json_schema": asked}
     assert run(_chat(thinking={"type": "disabled"})).reasoning_effort == "none"
     assert (
         run(_chat(thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2000)).thinking_token_budget == 1024

@@ -394,17 +394,19 @@ def test_settings_reach_the_chat() -> None:
         parallel_tool_calls=False,
     )
     chat = chat_of(asked, 100)
-    assert chat.response_format == {
+    assert chat.response_format is not None
+    assert chat.response_format.model_dump(by_alias=True, exclude_unset=True) == {
         "type": "json_schema",
         "json_schema": {"name": "n", "schema": schema, "strict": True},
     }
-    assert chat.tools == [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    (tool,) = chat.tools or []
+    assert tool.model_dump(exclude_unset=True) == {"type": "function", "function": {"name": "f", "parameters": schema}}
     assert chat.tool_choice == {"type": "function", "function": {"name": "f"}}
     assert (chat.reasoning_effort, chat.max_tokens, chat.logprobs) == ("none", 7, False)
     assert chat_of(ResponsesRequest(input="hi"), 100).tool_choice is None
-    assert chat_of(ResponsesRequest(input="hi", text={"format": {"type": "json_object"}}), 9).response_format == {
-        "type": "json_object"
-    }
+    asked = chat_of(ResponsesRequest(input="hi", text={"format": {"type": "json_object"}}), 9).response_format
+    assert asked is not None
+    assert asked.type == "json_object"
 
 
 def test_a_long_conversation_is_cut_where_that_is_asked(server) -> None:
