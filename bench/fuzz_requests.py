@@ -165,7 +165,7 @@ class Maker:
         draw = self._random
         kind = draw.random()
         if kind < 0.02:
-            return draw.choice(LONG)
+            return copy.deepcopy(draw.choice(LONG))
         if kind < 0.04:
             return _nested(draw.choice([20, 70, 200]), draw.random() < 0.5)
         if kind < 0.12:
