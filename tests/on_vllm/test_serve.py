@@ -114,7 +114,8 @@ def test_vllm_knows_every_flag_that_passes_to_it(
         [str(vllm_python), "-c", script], cwd=tmp_path, env=vllm_variables, capture_output=True, text=True, check=True
     )
     known = set(json.loads(done.stdout.splitlines()[-1]))
-    ours = {name for action in _parser()._actions for name in action.option_strings} - {"--engine"}
+    # vLLM takes a key of a JSON flag behind a point.
+    ours = {name.split(".")[0] for action in _parser()._actions for name in action.option_strings} - {"--engine"}
     assert ours - set(NATIVE) <= known
     assert not ours & set(NATIVE) & known  # what vLLM has is not refused
     pages = [ROOT / "docs" / "production.md", *(ROOT / "deploy").rglob("vllm*.yaml")]
