@@ -5,7 +5,7 @@
 
 No call may be answered 500, or not at all, and the server must be there at the end. 503 comes of the queue alone. With
 --schemathesis the calls are those that schemathesis (of the clients' environment, `make test-clients`) makes of
-/openapi.json. Each failure is kept in .cache/bench/fuzz/, and ends the run with status 1.
+/openapi.json. Each failure is kept under .cache/bench/fuzz/, and ends the run with status 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from bench.record import ROOT, WORK, save_table
 from lm import DecoderConfig, DecoderLM, pretrained
 from lm.tokenizer import train_bpe
 
-SCRATCH = WORK / "fuzz"
+SCRATCH = WORK / "fuzz" / str(os.getpid())  # of one run; kept where something failed
 CLIENTS = ROOT / ".cache" / "clients" / "bin" / "schemathesis"
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. 你好 🎉 naïve café. "
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -68,8 +69,7 @@ class Served:
     def __init__(self) -> None:
         self._log = SCRATCH / "serve.log"
         folder = SCRATCH / "tiny"
-        if not folder.exists():
-            _tiny(folder)
+        _tiny(folder)
         command = [sys.executable, "-m", "serve", str(folder), "--port", "0", "--served-model-name", "tiny", *FLAGS]
         with self._log.open("wb") as output:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -187,7 +187,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8, help="connections")
     parser.add_argument("--schemathesis", type=int, metavar="EXAMPLES", help="calls of schemathesis, so many a route")
     options = parser.parse_args()
-    SCRATCH.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
     tally, served, began = Tally(), Served(), time.monotonic()
     before = 0.0
     try:
@@ -210,6 +211,8 @@ def main() -> int:
     print(f"{len(tally.failures)} failures" + (f" -> {SCRATCH / 'failures'}" if tally.failures else ""))
     for failure in tally.failures[:10]:
         print(failure[:300])
+    if not tally.failures:
+        shutil.rmtree(SCRATCH)
     if options.minutes is not None and not options.schemathesis:
         record(tally, minutes, before, after, f"python -m bench.fuzz --minutes {options.minutes:g}")
     return 1 if tally.failures else 0
