@@ -105,6 +105,16 @@ def check_heads(path: str, config: DecoderConfig, device: str) -> None:
         raise Unfit(f"{path} has heads of {config.dim}; on a CPU vLLM has attention for {sizes} alone; {INSTEAD}.")
 
 
+def check_stages(line: CommandLine, device: str) -> None:
+    """Raises Unfit for pipeline stages on a CPU: vLLM's runner there ends on the first request, whatever the model."""
+    stages = line.number("--pipeline-parallel-size", 1)
+    if device == "cpu" and stages > 1:
+        raise Unfit(
+            f"--pipeline-parallel-size is {stages}, and vLLM {RELEASE} fails with stages on a CPU; "
+            "--tensor-parallel-size works there."
+        )
+
+
 def _check_relative(path: Path, config: DecoderConfig) -> None:
     """What vLLM's own models of these families compute otherwise, or not at all."""
     if len({window is None for window in config.windows()}) > 1 and all(config.rotates()):

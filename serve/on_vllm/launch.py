@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         ranks = checks.check_ranks(fit.config, line) * line.number("--data-parallel-size", 1)
         vllm = checks.installed()
         checks.check_heads(line.model, fit.config, vllm.device)
+        checks.check_stages(line, vllm.device)
         if fit.own:
             checks.check_plugin()
         words = translate(line, settings(line, fit, vllm.device, os.environ))

@@ -239,6 +239,16 @@ def test_how_many_processes_can_share_a_model(folder: Callable[..., str]) -> Non
         checks.check_ranks(config, read(["m", "-tp", "two"]))
 
 
+def test_stages_are_for_gpus() -> None:
+    line = read(["m", "-pp", "2"])
+    checks.check_stages(line, "gpu")
+    checks.check_stages(read(["m"]), "cpu")
+    with pytest.raises(
+        checks.Unfit, match=r"^--pipeline-parallel-size is 2, .* on a CPU; --tensor-parallel-size works"
+    ):
+        checks.check_stages(line, "cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_dtype_is_the_one_that_the_native_engine_chooses(folder: Callable[..., str], dtype: torch.dtype) -> None:
     path = folder(dtype=dtype)
