@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.record import WORK, save_table, timed, train_command
 
-PENALTIES = (0.6, 1.0, 1.2, 1.4, 1.6)  # GNMT's alpha
+PENALTIES = (0.6, 1.0, 1.4)  # GNMT's alpha
 BEAM = 5
 COLUMNS = (
     *("model", "pair", "parameters", "BLEU, tokenised lower-cased", "sacreBLEU, raw text", "BLEU greedy", "goal"),
@@ -47,10 +47,8 @@ class Case:
 
 
 RECIPES = "configs/translate-multi30k-{}.yaml"
-# More updates than the recipe that the architectures are compared by, and the dropout that so many ask for.
-LONGER = ("train.steps=12000", "model.dropout=0.3")
 CASES = (
-    Case("Transformer", RECIPES.format("transformer"), "en", "de", "41.0", LONGER),
+    Case("Transformer", RECIPES.format("transformer"), "en", "de", "41.0"),
     Case("Transformer", RECIPES.format("transformer"), "de", "en", "36.5; 40"),
     Case("RNNsearch", RECIPES.format("rnnsearch"), "de", "en", "28.3; 34"),
     Case("RNNencdec", RECIPES.format("rnnencdec"), "de", "en", "below RNNsearch"),
