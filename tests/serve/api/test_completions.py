@@ -203,7 +203,7 @@ def test_logprobs_are_a_log_softmax(server, model: DecoderLM, tokenizer: Tokeniz
             assert given["top_logprobs"][position][text] == pytest.approx(row[id].item(), abs=1e-4)
         assert len(given["top_logprobs"][position]) <= 4
         ids.append(id)
-    assert "".join(given["tokens"]) == choice["text"].rstrip("\ufffd")
+    assert "".join(given["tokens"]).replace("\ufffd", "") == choice["text"].replace("\ufffd", "")
     lengths = [len(text) for text in given["tokens"]]
     assert given["text_offset"] == [sum(lengths[:i]) for i in range(len(lengths))]
     chunks = [chunk["choices"][0]["logprobs"] for chunk in stream(server, **GREEDY, logprobs=3)]
