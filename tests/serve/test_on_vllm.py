@@ -243,9 +243,7 @@ def test_stages_are_for_gpus() -> None:
     line = read(["m", "-pp", "2"])
     checks.check_stages(line, "gpu")
     checks.check_stages(read(["m"]), "cpu")
-    with pytest.raises(
-        checks.Unfit, match=r"^--pipeline-parallel-size is 2, .* on a CPU; --tensor-parallel-size"
-    ):
+    with pytest.raises(checks.Unfit, match=r"^--pipeline-parallel-size is 2, .* on a CPU; --tensor-parallel-size"):
         checks.check_stages(line, "cpu")
 
 
