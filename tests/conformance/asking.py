@@ -39,7 +39,8 @@ class Asking:
     """Both servers' clients."""
 
     def __init__(self, heed: str, vllm: str) -> None:
-        limits = httpx.Limits(max_connections=AT_ONCE)
+        # A connection each: one that is kept may be closed by the server at the moment of the next request.
+        limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=0)
         shared: dict[str, Any] = {"timeout": PATIENCE, "limits": limits, "trust_env": False}
         self._heed = httpx.Client(base_url=heed, **shared)
         self._vllm = httpx.Client(base_url=vllm, **shared)

@@ -269,16 +269,6 @@ DIFFERENCES: tuple[Deliberate, ...] = (
         theirs=200,
     ),
     Deliberate(
-        "messages/a tool that has to be used and none given",
-        "status",
-        '`tool_choice` "any" without `tools`, in `/v1/messages`',
-        "ignored",
-        "400",
-        "as in a chat",
-        ours=400,
-        theirs=200,
-    ),
-    Deliberate(
         "invocations/a list",
         "body.error.type",
         "a body of `/invocations` that is no object",
