@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from serve.engine.scheduler import Share
 
 STRETCH = 1.6  # aimed at; well below 2, so that also the slowest of a hundred steps is not above it
-LEAST = 2  # tokens of a prompt in a step, however dear they seem
+LEAST = 4  # tokens of a prompt in a step, however dear they seem
 SHORT = 0.06  # seconds for a prompt's part of a step where others wait for theirs, and nobody for a next token
 TELLING = 32  # tokens of a prompt from which a step with no others tells what a token costs
 WEIGHT = 0.3  # of the newest measurement in what is believed
