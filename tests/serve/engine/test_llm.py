@@ -105,7 +105,7 @@ def test_what_cannot_be(llm: LLM, folder: Path, tmp_path: Path) -> None:
         llm.generate("a", lora_request="adapter")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has 'padding', which nothing here knows"):
         llm.generate("a", tokenization_kwargs={"padding": True})
-    with pytest.raises(ValueError, match="colour is no setting; the settings are dtype"):
+    with pytest.raises(ValueError, match="colour is no setting; the settings are tokenizer, dtype"):
         LLM(folder, colour="red")
     with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
         LLM(folder, tensor_parallel_size=2)

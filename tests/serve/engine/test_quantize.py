@@ -107,12 +107,17 @@ def test_a_language_model_loses_next_to_nothing(smollm2: Path) -> None:
         pytest.skip("this CPU has no fast int8")
     docs = sorted((Path(__file__).resolve().parents[3] / "docs").glob("*.md"))
     text = "\n".join(page.read_text(encoding="utf-8")[:1200] for page in docs)
-    ids = torch.tensor(pretrained.load_tokenizer(smollm2).encode(text)[:640])
+    tokens = torch.tensor(pretrained.load_tokenizer(smollm2).encode(text))
+    # One sequence alone may be 0.01 nats better or worse by chance.
+    pieces = [piece for piece in tokens.split(640) if len(piece) > 320]
 
     @torch.inference_mode()
     def loss(model: DecoderLM) -> float:
-        hidden = model.hidden(ids[:-1], torch.arange(len(ids) - 1), Batched(model))
-        return float(F.cross_entropy(model.logits(hidden).float(), ids[1:]))
+        losses = []
+        for ids in pieces:
+            hidden = model.hidden(ids[:-1], torch.arange(len(ids) - 1), Batched(model))
+            losses.append(float(F.cross_entropy(model.logits(hidden).float(), ids[1:])))
+        return sum(losses) / len(losses)
 
     plain = loss(serve_model(pretrained.load(smollm2, torch.bfloat16)))
     eighth = loss(serve_model(pretrained.load(smollm2, torch.bfloat16), "int8"))
