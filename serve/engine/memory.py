@@ -57,7 +57,8 @@ def size_cache(context: int, per_block: int, config: EngineConfig, device: str, 
         if asked > MOST_SHARE * free:
             available, source = int(MOST_SHARE * free), "the memory that is free"
             notes.append(
-                f"The cache has {available} bytes and not {asked}, as {flag} asks: only {free} bytes of memory are free."
+                f"The cache has {available} bytes and not {asked}, as {flag} asks: only {free} bytes of memory are "
+                "free."
             )
     fits = available // per_block - 1
     blocks = min(fits, alone * config.max_num_seqs)

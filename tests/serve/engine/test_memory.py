@@ -42,7 +42,8 @@ def test_a_cache_larger_than_the_memory_becomes_what_is_free(monkeypatch: pytest
         128,
         9,
         f"The cache has {9 * BLOCK} bytes and not {50 * BLOCK}, as --kv-cache-memory-bytes {50 * BLOCK} asks: only "
-        f"{10 * BLOCK} bytes of memory are free. max_model_len is 128 and not the model's 256: the memory that is free holds no more.",
+        f"{10 * BLOCK} bytes of memory are free. max_model_len is 128 and not the model's 256: the memory that is "
+        "free holds no more.",
     )
 
 
