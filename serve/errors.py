@@ -56,11 +56,14 @@ class NotBuilt(ServeError):
 
 
 class Overloaded(ServeError):
-    """The queue is full, or the server is shutting down; `retry_after` is in seconds."""
+    """The queue is full, or the server is shutting down; `retry_after` is in seconds. `limit`: the setting of the queue
+    that was met, if it was one.
+    """
 
-    def __init__(self, message: str, retry_after: int = 1) -> None:
+    def __init__(self, message: str, retry_after: int = 1, limit: str | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.limit = limit
 
 
 class GenerationFailed(ServeError):

@@ -205,11 +205,13 @@ class EngineClient:
                 f"The request asks for {count} sequences at once; this server takes {self.limit} at most.", "n"
             )
         if self.in_flight + count > self.limit:
-            raise Overloaded(f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later.")
+            sentence = f"The queue is full: {self.in_flight} sequences are running or waiting. Try again later."
+            raise Overloaded(sentence, limit="max_num_queued_reqs")
         if self._waiting_tokens is not None:
             waiting = sum(member.prompt_tokens for member in self._members.values() if not member.generated)
             if waiting >= self._waiting_tokens:
-                raise Overloaded(f"The queue is full: {waiting} tokens of prompts are waiting. Try again later.")
+                sentence = f"The queue is full: {waiting} tokens of prompts are waiting. Try again later."
+                raise Overloaded(sentence, limit="max_num_queued_tokens")
 
     def submit(
         self,

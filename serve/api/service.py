@@ -94,9 +94,9 @@ class Service:
                 priority=_priority(body, request),
                 cache_salt=_salt(body, request),
             )
-        except Overloaded:
-            if not client.draining:
-                self.metrics.rejections["max_num_queued_reqs"].inc()
+        except Overloaded as error:
+            if error.limit is not None:
+                self.metrics.rejections[error.limit].inc()
             raise
         reply = shape(
             _request_id(body, request), body, job, model, self._fingerprint, prompt_details=self._prompt_details

@@ -140,6 +140,10 @@ def test_prompts_that_wait_bound_the_queue(local: Local) -> None:
             assert "tokens of prompts are waiting" in answer.json()["error"]["message"]
             assert int(answer.headers["retry-after"]) >= 1
     assert local.ask("/v1/completions", **fields).status_code == 200
+    refused = sum(answer.status_code == 503 for answer in answers)
+    lines = local.get("/metrics").text.splitlines()
+    (counted,) = [line for line in lines if "rejections_total" in line and 'reason="max_num_queued_tokens"' in line]
+    assert float(counted.split()[-1]) == refused
 
 
 # ---------------------------------------------------------------- TLS, a path, no description, HTTP's log
