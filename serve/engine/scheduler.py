@@ -239,15 +239,15 @@ class _Step:
         self.spare = budget - single
         self._decoding = set(decoding)
         self._part = pace.part(single)
-        self._parts = len(reading)  # that are in the step for those who run already
-        self._more = budget  # parts that may be added for those who are admitted
+        parts = len(reading)  # for those who run already,
+        self._more = waiting  # and for those who are admitted
         if not decoding:
             if len(reading) + waiting <= 1:
                 self._part = None  # nobody else would notice
-            self._parts = min(len(reading), 1 if waiting else 2)
-            self._more = 2 - self._parts
+            parts = min(parts, 1 if waiting else 2)
+            self._more = 2 - parts
         self._left_over = 0
-        self._own = self._divided(reading)
+        self._own = self._divided(reading, parts)
 
     def affordable(self, request: Request, start: int) -> int:
         """How many of its tokens from `start` can be computed in this step. To be asked once for each request."""
@@ -278,12 +278,12 @@ class _Step:
             if request not in self._own:
                 self._left_over = max(0, self._left_over - count)
 
-    def _divided(self, reading: list[Request]) -> dict[Request, int]:
+    def _divided(self, reading: list[Request], parts: int) -> dict[Request, int]:
         """Tokens of this step for each of them; what none of them needs is left over for those who are admitted."""
         if self._part is None or not reading:
             return {}
         lacking = {request: request.known - request.computed for request in reading}
-        pool = self._part * self._parts
+        pool = self._part * parts
         first = reading[0]
         own = {first: min(lacking[first], self._part)}
         pool -= own[first]
