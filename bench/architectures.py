@@ -198,12 +198,13 @@ def main() -> None:
     for name, row in rows.items():
         row["training tokens/s"] = speeds[name]["training"]
         row["decoding tokens/s"] = speeds[name]["decoding"]
-    tokens = max(row["target tokens"] for row in rows.values())
+    tokens = [row["target tokens"] for row in rows.values()]
     note = (
-        f"German to English, texts of 1 to {JOINED} Multi30k sentences, the same {tokens:,} target tokens for each; "
+        f"German to English, texts of 1 to {JOINED} Multi30k sentences, {min(tokens):,} to {max(tokens):,} "
+        f"target tokens for each; "
         f"test_2016_flickr, beam {BEAM}, alpha {ALPHA}; {torch.get_num_threads()} threads."
     )
-    command = "make bench-architectures"
+    command = "python -m bench.architectures --trained" if options.trained else "make bench-architectures"
     save_table("architectures", "Five architectures", command, COLUMNS, list(rows.values()), note=note)
     lengths = [
         {"source words, up to": str(bucket), "sentences": len(buckets[bucket][0])}
