@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ PROMPT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 6
 def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory, launching):
     """A server with two keys and one seat, which goes by priority and tells what was cached."""
     flags = ["--api-key", "first-key", "second-key", "--enable-prompt-tokens-details"]
-    flags += ["--scheduling-policy", "priority", "--max-num-seqs", "1"]
+    flags += ["--scheduling-policy", "priority", "--max-num-seqs", "1", "--enable-log-requests"]
     running = launching(folder, tmp_path_factory.mktemp("log") / "shared.log", *flags)
     yield running
     running.end()
@@ -86,26 +87,27 @@ def test_without_the_flag_usage_says_nothing(server) -> None:
 
 
 def test_the_urgent_overtake_and_the_header_counts_before_the_body(shared) -> None:
-    done: list[str] = []
-
     def wait(name: str, headers: dict[str, str], **fields: Any) -> None:
-        ask(shared, {**FIRST, **headers}, prompt="fox " + name, ignore_eos=True, **fields)
-        done.append(name)
+        ask(shared, {**FIRST, "X-Request-Id": name, **headers}, prompt="fox " + name, ignore_eos=True, **fields)
 
-    long = threading.Thread(target=wait, args=("long", {}), kwargs={"max_tokens": 240})
-    long.start()
+    # It holds the one seat eight times, so that the others have come long before it is done.
+    fields: dict[str, Any] = {"max_tokens": 240, "n": 8, "temperature": 1, "priority": -100}
+    threads = [threading.Thread(target=wait, args=("long", {}), kwargs=fields)]
+    threads[0].start()
     while counters(shared)["vllm:num_requests_running"] == 0:
         pass
-    threads = [
-        threading.Thread(target=wait, args=("late", {}), kwargs={"priority": 5, "max_tokens": 30}),
+    threads += [
+        threading.Thread(target=wait, args=("late", {}), kwargs={"priority": 5}),
         threading.Thread(target=wait, args=("first", {"X-Vllm-Priority": "-7"}), kwargs={"priority": 9}),
-        threading.Thread(target=wait, args=("then", {}), kwargs={"priority": -1, "max_tokens": 30}),
+        threading.Thread(target=wait, args=("then", {}), kwargs={"priority": -1}),
     ]
-    for thread in threads:
+    for thread in threads[1:]:
         thread.start()
-    for thread in (long, *threads):
+    for thread in threads:
         thread.join(60)
-    assert done == ["long", "first", "then", "late"]
+    # The server's own order: the clients' threads may be woken in another.
+    ended = re.findall(r"-(long|late|first|then): \d+ prompt tokens", shared.log.read_text(encoding="utf-8"))
+    assert ended == ["long", "first", "then", "late"]
     response = shared.post("/v1/completions", json={"prompt": "a"}, headers={**FIRST, "X-Vllm-Priority": "high"})
     assert response.status_code == 400
     assert "X-Vllm-Priority is 'high' and must be a whole number" in response.json()["error"]["message"]
