@@ -32,9 +32,9 @@ from bench.serve_sides import SIDES, DidNotStart, Server, start
 # prompt, answer, clients, requests
 CELLS = (
     Cell(128, 64, 1, 4),
-    Cell(128, 64, 8, 16),
-    Cell(128, 64, 16, 32),
-    Cell(128, 64, 32, 64),
+    Cell(128, 64, 8, 24),
+    Cell(128, 64, 16, 48),
+    Cell(128, 64, 32, 96),
     Cell(512, 128, 1, 2),
     Cell(512, 128, 16, 32),
 )

@@ -15,7 +15,7 @@ import httpx
 from bench.serve_sides import NAME, Server
 
 STREAMS = 16
-PROMPT, MOST = 128, 1500  # tokens of each stream: what it starts with, and what it could write
+PROMPT, MOST = 128, 4000  # tokens of each stream: what it starts with, and what it could write
 SETTLED, QUIET = 24, 96  # tokens of each stream before anything counts, and while it is quiet
 WORDS = (100, 30000)  # ids that prompts are drawn from: words of both models
 

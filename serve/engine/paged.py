@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from serve.engine.kernels.attention import Layer, Step, rows_of_part
+from serve.engine.kernels.attention import TILE, Layer, Step
 from serve.engine.scheduler import Share
 
 if TYPE_CHECKING:
     from serve.engine.pages import Pages
 
 ALONE = 1 << 18  # multiplications that one thread does sooner than two have agreed on who does what
-FEWEST = 16  # tokens of a part, at least: a tile should be full
-ITEMS = 4  # parts times KV heads, for each thread, that let the threads end together
 
 
 class PagedAttend:
@@ -42,9 +40,8 @@ class PagedAttend:
         pairs = sum(share.length * (share.start + share.length) for share in shares)
         threads = torch.get_num_threads() if 2 * pairs * pages.heads * pages.dim > ALONE else 1
 
-        wanted = sum(share.length for share in shares) * pages.kv_heads // (ITEMS * threads)
-        most = min(rows_of_part(pages.dim) // group, max(FEWEST, wanted))
-
+        # A part is one tile: it fetches the pages that come next, and many parts let the threads end together.
+        most = max(1, TILE // group)
         parts: list[tuple[int, int, int, int]] = []
         tables: list[int] = []
         row = 0

@@ -7,6 +7,7 @@ from ctypes import c_int64, c_void_p
 
 CELL = 16  # neighbouring keys that are loaded together: blocks are a multiple of it
 MAX_DIM = 256  # of a head
+TILE = 6  # queries that share the registers that hold keys and values, on most processors
 PART_NUMBERS = 12288  # query numbers that a part may have: rows times the dimension, rounded up to a cell
 
 
