@@ -119,7 +119,7 @@ def measure(
                 others.failed(point, str(error))
                 for server in running:
                     server.pause()
-            others.save(f"serve-{model.name}-points{end}", command)
+            others.save(point, f"serve-{model.name}-{point}{end}", command)
 
 
 @contextmanager

@@ -87,9 +87,10 @@ class Generator:
         if not server.side.says_usage:
             made = self._counted(server, cell, answer)
         if answer["completed"] != cell.requests or made != wanted:
+            errors = [error.strip().splitlines()[-1][:200] for error in answer.get("errors", []) if error.strip()]
             raise RuntimeError(
                 f"{server.side.name}, {cell.name}: {answer['completed']} of {cell.requests} requests and {made} of "
-                f"{wanted} tokens came back."
+                f"{wanted} tokens came back{': ' + errors[0] if errors else '.'}"
             )
         return {name: answer[key] for name, (key, _) in FIGURES.items()}
 

@@ -36,16 +36,11 @@ class Points:
         self.rows: list[dict[str, Any]] = []
         self.samples: dict[str, Any] = {}
 
-    def save(self, name: str, command: str) -> None:
-        save_table(
-            name,
-            f"serving {self.model.name}: the other goals",
-            command,
-            COLUMNS,
-            self.rows,
-            note=f"Medians of {self.rounds}.",
-            samples=self.samples,
-        )
+    def save(self, point: str, name: str, command: str) -> None:
+        """bench/results/NAME.json: what has been measured since the last time."""
+        title, note = f"serving {self.model.name}: {point}", f"Medians of {self.rounds}."
+        save_table(name, title, command, COLUMNS, self.rows, note=note, samples=self.samples)
+        self.rows, self.samples = [], {}
 
     def starts(self, seconds: dict[str, list[float]]) -> None:
         """From the start of a process until a client has the first token; {side: samples}.

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from bench.record import save_table
+from bench.record import save, save_table
 from bench.serve_load import Cell
 
 # cell -> side -> figure -> one value a round
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 OUTPUT, FIRST, GAP = "output, tokens/s", "first token, ms", "gap p99, ms"
 COLUMNS = ["tokens in/out", "clients", "side", OUTPUT, FIRST, GAP]
-SHORT, LONG = (128, 64), (512, 128)
+HEADLINES = ((128, 64, 1), (128, 64, 16))  # prompt, answer, clients: the loads that the README's table has
 
 # Of a ratio of output rates, ours over theirs: sides, clients, the least that is asked.
 FASTER = [
@@ -38,7 +38,9 @@ def median(samples: Samples, cell: str, side: str, figure: str) -> float | None:
 
 
 def save_cells(name: str, command: str, note: str, cells: Sequence[Cell], samples: Samples, **more: Any) -> None:
-    """bench/results/serve-NAME.json, a row for each cell and side; and serve-NAME-goals.json, a row for each goal."""
+    """bench/results/serve-NAME.json, a row for each cell and side; serve-NAME-CLIENTS.json, the rates of the
+    loads of HEADLINES; and serve-NAME-goals.json, a row for each goal.
+    """
     rows = [
         {
             "tokens in/out": f"{cell.prompt}/{cell.answer}",
@@ -53,6 +55,13 @@ def save_cells(name: str, command: str, note: str, cells: Sequence[Cell], sample
     ]
     title = f"serving {name} beside vLLM and llama.cpp"
     save_table(f"serve-{name}", title, command, COLUMNS, rows, note=note, samples=samples, **more)
+    for cell in cells:
+        rates = {side: figures["output"] for side, figures in samples.get(cell.name, {}).items()}
+        ratio = _ratio(samples, cell, "heed bf16", "vLLM bf16", "output")
+        if (cell.prompt, cell.answer, cell.clients) in HEADLINES and ratio is not None:
+            told = f"Serving {name}, {cell.prompt} tokens in, {cell.answer} out, {cell.clients} at once: bf16 over bf16"
+            sides = {side: {"samples": values, "unit": "tokens/s"} for side, values in rates.items()}
+            save(f"serve-{name}-{cell.clients}", told, command, sides, ratio, statistic="median", note=note)
     columns = ["goal", "tokens in/out", "clients", "asked", "reached", "holds"]
     save_table(f"serve-{name}-goals", f"{title}: the goals", command, columns, goals(cells, samples))
 

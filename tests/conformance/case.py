@@ -31,6 +31,7 @@ class Case:
     headers: dict[str, str] = field(default_factory=dict)
     key: str | None = KEYS[0]
     shape: bool = False  # what is drawn at random is compared by its shape alone
+    parsers: bool = False  # asked of servers that read tool calls and thoughts (calls.py)
     alone: bool = False  # asked when nothing else is, so that how a stream is cut into chunks can be compared
 
     def __str__(self) -> str:

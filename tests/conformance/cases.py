@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.conformance import fields, further, structured, written
+from tests.conformance import calls, fields, further, structured, written
 from tests.conformance.case import Case
 
-CASES: list[Case] = [*fields.cases(), *written.CASES, *further.CASES, *structured.CASES]
+CASES: list[Case] = [*fields.cases(), *written.CASES, *further.CASES, *structured.CASES, *calls.CASES]

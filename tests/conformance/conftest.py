@@ -1,4 +1,6 @@
-"""The two servers, started once (or named by --heed and --vllm), and the outcomes of all requests."""
+"""The two servers, started once plain and once with parsers (or named by --heed and --vllm, then for all cases), and
+the outcomes of all requests.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from tests.conformance.asking import Asking, Outcome
+from tests.conformance.calls import PARSERS, with_tags
 from tests.conformance.cases import CASES
 
 
@@ -40,11 +43,21 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     from bench.serve_models import smollm2_float32
     from tests.conformance.servers import DidNotStart, running
 
-    begin = time.monotonic()
+    started, found = 0.0, {}
     try:
-        with running(smollm2_float32(), tmp_path_factory.mktemp("logs")) as servers:
-            started = time.monotonic() - begin
-            found = Asking(servers.heed, servers.vllm).all(cases)
+        for flags, asked in (
+            ((), [case for case in cases if not case.parsers]),
+            (PARSERS, [case for case in cases if case.parsers]),
+        ):
+            if not asked:
+                continue
+            folder = smollm2_float32()
+            if flags:
+                folder = with_tags(folder, tmp_path_factory.mktemp("model"))
+            begin = time.monotonic()
+            with running(folder, tmp_path_factory.mktemp("logs"), *flags) as servers:
+                started += time.monotonic() - begin
+                found |= Asking(servers.heed, servers.vllm).all(asked)
     except (DidNotStart, SystemExit) as error:  # the latter: what they need cannot be made
         pytest.exit(str(error), returncode=2)
     yield told(found, started)

@@ -41,14 +41,14 @@ class DidNotStart(RuntimeError):
 
 
 @contextmanager
-def running(folder: Path, logs: Path) -> Iterator[Servers]:
-    """Both servers, started side by side; they end with the block. Raises DidNotStart."""
+def running(folder: Path, logs: Path, *more: str) -> Iterator[Servers]:
+    """Both servers, started side by side, with `more` flags; they end with the block. Raises DidNotStart."""
     from bench import peers
     from bench.serve_sides import alone
 
     with ExitStack() as stack:
         ports = _free_ports(2)
-        vllm = [str(peers.vllm() / "vllm"), "serve", str(folder), "--port", str(ports[0]), *SHARED, *VLLM]
+        vllm = [str(peers.vllm() / "vllm"), "serve", str(folder), "--port", str(ports[0]), *SHARED, *VLLM, *more]
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = alone() | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -57,7 +57,7 @@ def running(folder: Path, logs: Path) -> Iterator[Servers]:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        heed = [sys.executable, "-m", "serve", str(folder), "--port", str(ports[1]), *SHARED, *HEED]
+        heed = [sys.executable, "-m", "serve", str(folder), "--port", str(ports[1]), *SHARED, *HEED, *more]
         stack.enter_context(_started("vLLM", vllm, ports[0], logs, logs / "vllm.log", environment))
         stack.enter_context(_started("Heed", heed, ports[1], ROOT, logs / "heed.log", dict(os.environ)))
         yield Servers(heed=f"http://127.0.0.1:{ports[1]}", vllm=f"http://127.0.0.1:{ports[0]}")
