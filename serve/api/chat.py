@@ -19,7 +19,7 @@ class ChatAnswer(Answer):
 
     def choice(self, choice: Choice, output: Output) -> dict[str, Any]:
         reader = self._reader(choice)
-        read = Read(content=output.text) if reader is None else reader.feed(output.text, last=True)
+        read = Read(content=output.text) if reader is None else reader.feed(output.text, output.tokens, last=True)
         content: str | None = self.job.opening + read.content
         if not content and self._reading is not None and not self._must_call:
             content = None
@@ -46,6 +46,14 @@ class ChatAnswer(Answer):
 
     def rest(self, outputs: list[Output]) -> dict[str, Any]:
         return {"prompt_logprobs": self.prompt_logprobs(outputs[0]), **self._prompt()}
+
+    def usage(self) -> dict[str, Any]:
+        """With a parser of thoughts, how many tokens were such (vLLM: only those after a <think> in the answer)."""
+        usage = super().usage()
+        if self._reading is not None and self._reading.reasoning is not None:
+            thought = sum(choice.reader.thought for choice in self.choices if choice.reader is not None)
+            usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+        return usage
 
     def openings(self) -> Iterator[dict[str, Any]]:
         """Who speaks; then, with echo, what the prompt has of the answer."""
@@ -112,7 +120,7 @@ def _delta(choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
 
 def _read(reader: Reader, output: Output) -> dict[str, Any]:
     """What a chunk says: of thoughts, content and calls those that have come."""
-    read = reader.feed(output.text, last=output.finish_reason is not None)
+    read = reader.feed(output.text, output.tokens, last=output.finish_reason is not None)
     made: dict[str, Any] = {}
     if read.reasoning:
         made["reasoning"] = read.reasoning

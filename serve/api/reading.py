@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +42,13 @@ class Reader:
         self._thoughts = None if reading.reasoning is None else reading.reasoning.reader(over=reading.over)
         self._tools = None if reading.tools is None else reading.tools.parser()
         self.calls = 0  # that have been shown
+        self.thought = 0  # tokens of thoughts, the tags not counted
+        self._thinks = self._thoughts is not None and not reading.over
 
-    def feed(self, text: str, *, last: bool) -> Read:
-        """What is settled with this text; everything, with the last."""
+    def feed(self, text: str, tokens: Sequence[int], *, last: bool) -> Read:
+        """What is settled with this text; everything, with the last. `tokens` are those that have come with it."""
         made = Read()
+        self._count(tokens)
         if self._thoughts is None:
             content = text
         else:
@@ -67,6 +71,14 @@ class Reader:
             made.calls = [call for call in made.calls if call.index == 0]
         self.calls += sum(call.id is not None for call in made.calls)
         return made
+
+    def _count(self, tokens: Sequence[int]) -> None:
+        reasoning = self._reading.reasoning
+        for token in tokens if self._thinks and reasoning is not None else ():
+            if token == reasoning.end:
+                self._thinks = False
+                break
+            self.thought += token != reasoning.start
 
 
 def message_calls(calls: list[CallDelta]) -> list[dict[str, Any]]:

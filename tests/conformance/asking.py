@@ -81,6 +81,8 @@ class Asking:
         if any(answer.status != 200 for answer in answers):
             return False
         for ours, theirs in zip(*(answer.body["choices"] for answer in answers), strict=True):
+            if None in (ours.get("token_ids"), theirs.get("token_ids")):
+                return False
             pairs = zip(ours["token_ids"], theirs["token_ids"], strict=False)
             place = next((i for i, (one, two) in enumerate(pairs) if one != two), None)
             if place is not None:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from tests.conformance.asking import Asking, Outcome
-from tests.conformance.calls import PARSERS, with_tags
+from tests.conformance.calls import with_tags
 from tests.conformance.cases import CASES
 
 
@@ -45,17 +45,15 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     started, found = 0.0, {}
     try:
-        for flags, asked in (
-            ((), [case for case in cases if not case.parsers]),
-            (PARSERS, [case for case in cases if case.parsers]),
-        ):
+        for parsers in (False, True):
+            asked = [case for case in cases if case.parsers == parsers]
             if not asked:
                 continue
             folder = smollm2_float32()
-            if flags:
+            if parsers:
                 folder = with_tags(folder, tmp_path_factory.mktemp("model"))
             begin = time.monotonic()
-            with running(folder, tmp_path_factory.mktemp("logs"), *flags) as servers:
+            with running(folder, tmp_path_factory.mktemp("logs"), parsers=parsers) as servers:
                 started += time.monotonic() - begin
                 found |= Asking(servers.heed, servers.vllm).all(asked)
     except (DidNotStart, SystemExit) as error:  # the latter: what they need cannot be made

@@ -223,6 +223,15 @@ DIFFERENCES: tuple[Deliberate, ...] = (
         theirs=500,
     ),
     Deliberate(
+        "calls/*",
+        "*.completion_tokens_details.reasoning_tokens",
+        "`reasoning_tokens` in `usage`",
+        "0 where it was not the model that wrote `<think>`",
+        "the tokens of the thought",
+        "that is what the field says",
+        theirs=0,
+    ),
+    Deliberate(
         "headers/priority that is none",
         "status",
         "`X-Vllm-Priority` that is no number",

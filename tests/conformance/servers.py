@@ -24,7 +24,10 @@ SHARED = (
     "--host", "127.0.0.1", "--api-key", *KEYS,
 )  # fmt: skip
 # What either needs in addition, to be comparable: one library for structured output, no compiler's wait, little memory.
-VLLM = ("--enforce-eager", "--structured-outputs-config", '{"backend": "guidance"}')
+VLLM = ("--enforce-eager",)
+GUIDANCE = ("--structured-outputs-config", '{"backend": "guidance"}')
+# With parsers, vLLM's own choice of a library: guidance does not know the form that it gives to calls.
+PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1")
 HEED = ("--kv-cache-memory-bytes", "512M")
 
 
@@ -41,14 +44,23 @@ class DidNotStart(RuntimeError):
 
 
 @contextmanager
-def running(folder: Path, logs: Path, *more: str) -> Iterator[Servers]:
-    """Both servers, started side by side, with `more` flags; they end with the block. Raises DidNotStart."""
+def running(folder: Path, logs: Path, *, parsers: bool = False) -> Iterator[Servers]:
+    """Both servers, started side by side; they end with the block. Raises DidNotStart."""
     from bench import peers
     from bench.serve_sides import alone
 
     with ExitStack() as stack:
         ports = _free_ports(2)
-        vllm = [str(peers.vllm() / "vllm"), "serve", str(folder), "--port", str(ports[0]), *SHARED, *VLLM, *more]
+        vllm = [
+            str(peers.vllm() / "vllm"),
+            "serve",
+            str(folder),
+            "--port",
+            str(ports[0]),
+            *SHARED,
+            *VLLM,
+            *(PARSERS if parsers else GUIDANCE),
+        ]
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = alone() | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -57,7 +69,17 @@ def running(folder: Path, logs: Path, *more: str) -> Iterator[Servers]:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        heed = [sys.executable, "-m", "serve", str(folder), "--port", str(ports[1]), *SHARED, *HEED, *more]
+        heed = [
+            sys.executable,
+            "-m",
+            "serve",
+            str(folder),
+            "--port",
+            str(ports[1]),
+            *SHARED,
+            *HEED,
+            *(PARSERS if parsers else ()),
+        ]
         stack.enter_context(_started("vLLM", vllm, ports[0], logs, logs / "vllm.log", environment))
         stack.enter_context(_started("Heed", heed, ports[1], ROOT, logs / "heed.log", dict(os.environ)))
         yield Servers(heed=f"http://127.0.0.1:{ports[1]}", vllm=f"http://127.0.0.1:{ports[0]}")

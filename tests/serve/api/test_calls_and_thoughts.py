@@ -56,6 +56,25 @@ def ask(server: Any, path: str, **fields: Any) -> tuple[dict[str, Any], list[dic
     return whole.json(), [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")]
 
 
+@pytest.mark.parametrize("bias", [-100, 4, 100])
+def test_the_tokens_of_thoughts_are_counted(thinking: Any, words: Tokenizer, bias: int) -> None:
+    end = words.inner.token_to_id("</think>")
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": SAID}], "max_tokens": 40, "return_token_ids": True}
+    chat |= {"logit_bias": {str(end): bias}, "seed": 3, "ignore_eos": True}
+    whole = thinking.post("/v1/chat/completions", json=chat).json()
+    ids = whole["choices"][0]["token_ids"]
+    thought = ids.index(end) if end in ids else len(ids)
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought}
+    assert thought == {-100: 40, 100: 0}.get(bias, thought)
+    chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    lines = thinking.post("/v1/chat/completions", json=chat).text.splitlines()
+    *_, last = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
+    assert last["usage"] == {key: value for key, value in whole["usage"].items() if key in last["usage"]}
+    assert last["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought}
+    off = thinking.post("/v1/chat/completions", json=chat | AT_ONCE | {"stream": False, "stream_options": None}).json()
+    assert off["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
 # ---------------------------------------------------------------- responses
 
 
