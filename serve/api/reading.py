@@ -74,7 +74,9 @@ class Reader:
 
     def _count(self, tokens: Sequence[int]) -> None:
         reasoning = self._reading.reasoning
-        for token in tokens if self._thinks and reasoning is not None else ():
+        if not self._thinks or reasoning is None:
+            return
+        for token in tokens:
             if token == reasoning.end:
                 self._thinks = False
                 break
