@@ -10,6 +10,7 @@ Nothing here imports torch: the API compiles grammars too (serve/api/grammar_che
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,13 +59,34 @@ class Vocabulary:
             inner.no_padding()
             inner.no_truncation()
             try:
-                self._words = llguidance.LLTokenizer(inner.to_str(), n_vocab=self.size, eos_token=self.eos)
+                self._words = llguidance.LLTokenizer(as_texts(inner.to_str()), n_vocab=self.size, eos_token=self.eos)
             except ValueError as error:
                 raise Impossible(f"This model's tokenizer is of no kind that grammars can use: {error}") from None
         matcher = llguidance.LLMatcher(self._words, text, log_level=0)
         if matcher.is_error():
             raise Impossible(first_line(matcher.get_error()))
         return matcher
+
+
+def as_texts(told: str) -> str:
+    """tokenizer.json as llguidance is to see it.
+
+    It takes every added token for a special one; where a grammar leaves nothing but a text that has one in it, such as
+    <tool_call>, it offers that token and then refuses it. So added tokens that are plain text become words like others,
+    and special ones, which no text may stand for, get names that no text has.
+    """
+    tokenizer = json.loads(told)
+    words = tokenizer["model"].get("vocab")
+    if not isinstance(words, dict):  # pairs of a unigram model: its texts are not cut by added tokens here
+        return told
+    special = []
+    for token in tokenizer["added_tokens"]:
+        if token["special"]:
+            words.pop(token["content"], None)
+            token["content"] = f"\0{token['id']}"
+            special.append(token)
+        words[token["content"]] = token["id"]
+    return json.dumps(tokenizer | {"added_tokens": special}, ensure_ascii=False)
 
 
 def first_line(error: str) -> str:

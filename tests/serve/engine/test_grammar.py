@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from lm import DecoderLM, SamplingParams
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, train_bpe
 from serve.engine.draft import Speculation
 from serve.engine.engine import Engine
 from serve.engine.grammar import Grammars, Impossible, Rule
@@ -316,3 +317,23 @@ def test_a_rule_refuses_what_cannot_come(tokenizer: Tokenizer) -> None:
     rule = ready(_grammars(tokenizer), Constraint("date"))
     with pytest.raises(Impossible):
         rule.accept(tokenizer.encode("fox", add_special_tokens=False)[0])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_texts_that_have_a_tag_in_them_can_be_written(order: int) -> None:
+    """llguidance offers an added token where such a text is all that is left, and then refuses it."""
+    words = train_bpe(["the quick brown fox <tool_call> jumps over the <|system|> lazy dog. " * 4], 330)
+    tags = [AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)]
+    tags += [AddedToken("<|system|>", special=True)]
+    words.inner.add_tokens(tags[::order])
+    grammars = Grammars(words, words.vocab_size, [words.eos_id or 0])
+    for text in ("<tool_call>fox</tool_call>", "the <|system|> fox", "<|system|>"):
+        grammars.learn(Grammar(text, llguidance.LLMatcher.grammar_from_lark(f"start: {json.dumps(text)}")))
+        rule = ready(grammars, Constraint(text))
+        tokens: list[int] = []
+        masks = np.zeros((1, grammars.vocabulary.mask_words), dtype=np.uint32)
+        while not rule.masks([], masks)[0].final:
+            tokens.append(int(np.unpackbits(masks[0].view(np.uint8), bitorder="little").nonzero()[0][-1]))
+            rule.accept(tokens[-1])
+            masks[:] = 0
+        assert words.decode(tokens) == text
