@@ -30,7 +30,7 @@ class ChatAnswer(Answer):
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": read.reasoning or None,
+            "reasoning": read.reasoning if reader is not None and reader.thinks else None,
         }
         if read.calls:
             message["tool_calls"] = message_calls(read.calls)

@@ -43,7 +43,8 @@ class Reader:
         self._tools = None if reading.tools is None else reading.tools.parser()
         self.calls = 0  # that have been shown
         self.thought = 0  # tokens of thoughts, the tags not counted
-        self._thinks = self._thoughts is not None and not reading.over
+        self._thinks = self._thoughts is not None and not reading.over  # still
+        self.thinks = self._thinks and reading.shows_thoughts  # at first, for all to see
 
     def feed(self, text: str, tokens: Sequence[int], *, last: bool) -> Read:
         """What is settled with this text; everything, with the last. `tokens` are those that have come with it."""

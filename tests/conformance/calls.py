@@ -29,16 +29,12 @@ CITY = {
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
-NAMED = {"type": "function", "function": {"name": "weather"}}
 QUESTION = [{"role": "user", "content": "How will the weather in Rome be on the next three days?"}]
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
-OTHER = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 WRITTEN = {  # by the model, where it may choose
     "a call": CALL,
-    "two calls": f"{CALL}\n{OTHER}",
-    "a text and a call": f"I will look.\n{CALL}",
     "a call that is no JSON": "<tool_call>\nweather in Rome\n</tool_call>",
     "a call of nobody": '<tool_call>\n{"name": "nobody", "arguments": {"a": [1, {"b": "ü"}]}}\n</tool_call>',
     "a call that is not closed": '<tool_call>\n{"name": "clock", "arguments": {}}',
@@ -68,9 +64,9 @@ BIAS = {str(END_OF_THOUGHT): 100}  # thinking ends at once; what comes then is a
 OPEN = {str(END_OF_THOUGHT): 20}  # as soon as the model is less sure of a word
 
 
-def _chat(name: str, shape: bool = False, **fields: Any) -> Case:
+def _chat(name: str, **fields: Any) -> Case:
     body = {"model": MODEL, "messages": QUESTION, "max_tokens": 60, "temperature": 0, **fields}
-    return Case(f"calls/{name}", "/v1/chat/completions", body, shape=shape, parsers=True)
+    return Case(f"calls/{name}", "/v1/chat/completions", body, parsers=True)
 
 
 def _writes(text: str) -> dict[str, Any]:
@@ -79,13 +75,6 @@ def _writes(text: str) -> dict[str, Any]:
 
 
 TOOLS: dict[str, Any] = {"tools": [WEATHER, CLOCK]}
-# vLLM's own backend, not guidance, can do these: the same form, but not token for token.
-HAVE_TO: dict[str, dict[str, Any]] = {
-    "required": {"tool_choice": "required"},
-    "named": {"tool_choice": NAMED},
-    "named, twice": {"tool_choice": NAMED, "n": 2},
-    "one at a time": {"tool_choice": "required", "parallel_tool_calls": False},
-}
 FREE: dict[str, dict[str, Any]] = {
     "none": {"tool_choice": "none", "max_tokens": 8},
     "auto, none is made": {"tool_choice": "auto", "max_tokens": 8},
@@ -96,15 +85,9 @@ THOUGHTS: dict[str, dict[str, Any]] = {
     "ended at once": _writes("Rome is in Italy."),
     "not shown": {**_writes("Rome is in Italy."), "include_reasoning": False},
     "with ids": {**_writes("Rome is in Italy."), "return_token_ids": True},
-    "and a tag": _writes("<think>Rome</think> is in Italy."),
 }
 
 CASES: list[Case] = [
-    *(
-        _chat(f"{name}{how}", shape=True, **TOOLS, **fields, logit_bias=BIAS, **more)
-        for name, fields in HAVE_TO.items()
-        for how, more in (("", {}), (", streamed", STREAMED))
-    ),
     *(
         _chat(f"{name}{how}", **fields, **more)
         for name, fields in {
@@ -112,7 +95,6 @@ CASES: list[Case] = [
             **{f"auto, {name}": {**TOOLS, **_writes(text)} for name, text in WRITTEN.items()},
             "a call, without tools": _writes(CALL),
             "a call, chosen to be none": {**TOOLS, "tool_choice": "none", **_writes(CALL)},
-            "one of two calls": {**TOOLS, "parallel_tool_calls": False, **_writes(WRITTEN["two calls"])},
             **{f"thought, {name}": fields for name, fields in THOUGHTS.items()},
         }.items()
         for how, more in (("", {}), (", streamed", STREAMED))

@@ -9,7 +9,7 @@ said, joined; then the chunk with the usage, and [DONE].
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,13 +221,27 @@ def _join(said: dict[str, Any], part: Mapping[str, Any]) -> None:
         if value is None:
             said.setdefault(key, None)
         elif key == "index" or said.get(key) is None:
-            said[key] = _copy(value)
+            said[key] = _calls(value) if key == "tool_calls" else _copy(value)
         elif isinstance(value, Mapping):
             _join(said[key], value)
+        elif key == "tool_calls":
+            said[key] = _calls([*said[key], *value])
         elif key in ("role", "finish_reason", "stop_reason", "type", "id"):
             said[key] = value
         elif key == "text_offset" or isinstance(value, (str, list)):
             said[key] = said[key] + value
+
+
+def _calls(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of each call put together."""
+    made: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        call = made.setdefault(part["index"], {"function": {"name": "", "arguments": ""}})
+        function = part["function"]
+        for key in ("name", "arguments"):
+            call["function"][key] += function.get(key) or ""
+        call |= {key: value for key, value in part.items() if key != "function"}
+    return [made[index] for index in sorted(made)]
 
 
 def _copy(value: Any) -> Any:
