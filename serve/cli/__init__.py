@@ -19,7 +19,11 @@ def parse(argv: Sequence[str]) -> tuple[ServerConfig, EngineConfig]:
     """Exits with status 2 and one sentence for a flag that cannot be."""
     parser = _parser()
     try:
-        return _configs(_given(parser, dashed(argv)))
+        given = _given(parser, dashed(argv))
+        try:
+            return _configs(given)
+        except UsageError as error:  # flags that do not go together: any of them may stand in the file
+            raise UsageError(f"{error}; flags of {given.config} count, too" if given.config else str(error)) from None
     except UsageError as error:
         print(f"{parser.prog}: {error} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
