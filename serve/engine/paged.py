@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from serve.engine.kernels.attention import TILE, Layer, Step
+from serve.engine.kernels.attention import TILE, Layer, Step, rows_of_part
 from serve.engine.scheduler import Share
 
 if TYPE_CHECKING:
     from serve.engine.pages import Pages
 
 ALONE = 1 << 18  # multiplications that one thread does sooner than two have agreed on who does what
+TOKENS = 16  # of a part whose tiles hold no whole number of them: most of its tiles are full then
 
 
 class PagedAttend:
@@ -40,8 +41,8 @@ class PagedAttend:
         pairs = sum(share.length * (share.start + share.length) for share in shares)
         threads = torch.get_num_threads() if 2 * pairs * pages.heads * pages.dim > ALONE else 1
 
-        # A part is one tile: it fetches the pages that come next, and many parts let the threads end together.
-        most = max(1, TILE // group)
+        # Where tokens fill a tile, a part is one: it fetches the pages that come next, and the threads end together.
+        most = TILE // group if TILE % group == 0 else min(TOKENS, rows_of_part(pages.dim) // group)
         parts: list[tuple[int, int, int, int]] = []
         tables: list[int] = []
         row = 0
