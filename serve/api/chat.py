@@ -20,9 +20,11 @@ class ChatAnswer(Answer):
     def choice(self, choice: Choice, output: Output) -> dict[str, Any]:
         reader = self._reader(choice)
         read = Read(content=output.text) if reader is None else reader.feed(output.text, output.tokens, last=True)
+        reading = self._reading
         content: str | None = self.job.opening + read.content
-        if not content and self._reading is not None and not self._must_call:
+        if not content and reading is not None and not self._must_call:
             content = None
+        thought = reading is not None and reading.thinks and reading.shows_thoughts
         message: dict[str, Any] = {
             "role": self.job.role,
             "content": content,
@@ -30,7 +32,7 @@ class ChatAnswer(Answer):
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": read.reasoning if reader is not None and reader.thinks else None,
+            "reasoning": read.reasoning if thought else None,
         }
         if read.calls:
             message["tool_calls"] = message_calls(read.calls)

@@ -20,6 +20,11 @@ class Reading:
     shows_thoughts: bool = True
     tools: ToolUse | None = None
 
+    @property
+    def thinks(self) -> bool:
+        """Whether answers begin with thoughts."""
+        return self.reasoning is not None and not self.over
+
     def reader(self) -> Reader:
         """For one answer."""
         return Reader(self)
@@ -43,8 +48,7 @@ class Reader:
         self._tools = None if reading.tools is None else reading.tools.parser()
         self.calls = 0  # that have been shown
         self.thought = 0  # tokens of thoughts, the tags not counted
-        self._thinks = self._thoughts is not None and not reading.over  # still
-        self.thinks = self._thinks and reading.shows_thoughts  # at first, for all to see
+        self._thinking = reading.thinks  # still
 
     def feed(self, text: str, tokens: Sequence[int], *, last: bool) -> Read:
         """What is settled with this text; everything, with the last. `tokens` are those that have come with it."""
@@ -75,11 +79,11 @@ class Reader:
 
     def _count(self, tokens: Sequence[int]) -> None:
         reasoning = self._reading.reasoning
-        if not self._thinks or reasoning is None:
+        if not self._thinking or reasoning is None:
             return
         for token in tokens:
             if token == reasoning.end:
-                self._thinks = False
+                self._thinking = False
                 break
             self.thought += token != reasoning.start
 

@@ -76,14 +76,17 @@ def as_texts(told: str) -> str:
     and special ones, which no text may stand for, get names that no text has.
     """
     tokenizer = json.loads(told)
-    words = tokenizer["model"].get("vocab")
-    if not isinstance(words, dict):  # pairs of a unigram model: its texts are not cut by added tokens here
+    model = tokenizer["model"]
+    words = model.get("vocab")
+    if not isinstance(words, dict):  # a unigram model's is a list by id, into which nothing can be put
         return told
     special = []
     for token in tokenizer["added_tokens"]:
         if token["special"]:
-            words.pop(token["content"], None)
-            token["content"] = f"\0{token['id']}"
+            old, token["content"] = token["content"], f"\0{token['id']}"
+            words.pop(old, None)
+            if model.get("unk_token") == old:
+                model["unk_token"] = token["content"]
             special.append(token)
         words[token["content"]] = token["id"]
     return json.dumps(tokenizer | {"added_tokens": special}, ensure_ascii=False)

@@ -326,6 +326,7 @@ def test_texts_that_have_a_tag_in_them_can_be_written(order: int) -> None:
     tags = [AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)]
     tags += [AddedToken("<|system|>", special=True)]
     words.inner.add_tokens(tags[::order])
+    words.inner.model.unk_token = "<|system|>"  # a special one, as many vocabularies have it
     grammars = Grammars(words, words.vocab_size, [words.eos_id or 0])
     for text in ("<tool_call>fox</tool_call>", "the <|system|> fox", "<|system|>"):
         grammars.learn(Grammar(text, llguidance.LLMatcher.grammar_from_lark(f"start: {json.dumps(text)}")))
