@@ -56,7 +56,9 @@ def save_cells(name: str, command: str, note: str, cells: Sequence[Cell], sample
     title = f"serving {name} beside vLLM and llama.cpp"
     save_table(f"serve-{name}", title, command, COLUMNS, rows, note=note, samples=samples, **more)
     for cell in cells:
-        rates = {side: figures["output"] for side, figures in samples.get(cell.name, {}).items()}
+        rates = {side: figures["output"] for side, figures in samples.get(cell.name, {}).items() if figures}
+        most = max(map(len, rates.values()), default=0)
+        rates = {side: values for side, values in rates.items() if len(values) == most}  # in all rounds
         ratio = _ratio(samples, cell, "heed bf16", "vLLM bf16", "output")
         if (cell.prompt, cell.answer, cell.clients) in HEADLINES and ratio is not None:
             told = f"Serving {name}, {cell.prompt} tokens in, {cell.answer} out, {cell.clients} at once: bf16 over bf16"
