@@ -137,6 +137,13 @@ class DecoderLM(nn.Module):
         """tokens and positions int64 [...], any leading shape that `attend` understands -> [..., width], after the
         last norm.
         """
+        x, table = self.embed(tokens, positions)
+        return self.norm(self.through(x, table, attend))
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens and positions int64 [...] -> what enters the first block [..., width], and the positions' rotary
+        angles [..., 2, D], where the model has them.
+        """
         config = self.config
         x = self.embed_tokens(tokens)
         table = None
@@ -148,13 +155,16 @@ class DecoderLM(nn.Module):
         elif config.positions == "rotary":
             assert self.positions is not None
             table = self.positions[positions]
-        x = dropout(x, config.dropout, self.training)
+        return dropout(x, config.dropout, self.training), table
+
+    def through(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
+        """What leaves the last block, [..., width]."""
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, table, attend, use_reentrant=False)
             else:
                 x = block(x, table, attend)
-        return self.norm(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]."""

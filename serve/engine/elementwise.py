@@ -60,7 +60,7 @@ class Rotation:
         self.heads, self.kv_heads, self.dim, self.rotates = heads, kv_heads, attention.dim, rotates
         self.norms = (attention.q_norm, attention.k_norm) if attention.qk_norm else None
         self._weights = [norm.weight.detach().float().contiguous() for norm in self.norms or ()]
-        self._pointers: list[int | None] = [*map(pointer, self._weights)] or [None, None]
+        self.pointers: list[int | None] = [*map(pointer, self._weights)] or [None, None]
         self._eps = attention.q_norm.eps if attention.qk_norm else 0.0
         self._kernel = kernels.call.heed_rotate if kernels else None
 
@@ -79,7 +79,7 @@ class Rotation:
         self._kernel(
             qkv.data_ptr(),
             pointer(table),
-            *self._pointers,
+            *self.pointers,
             rows,
             width,
             self.heads,

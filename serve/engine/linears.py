@@ -123,17 +123,18 @@ class FusedLinear:
         self._map = FloatMap(
             weight=self._weight.data_ptr(), is_bf16=is_bf16, out_is_bf16=told.out is torch.bfloat16, **told.fields
         )
-        self._at = ctypes.addressof(self._map)
+        self.at = ctypes.addressof(self._map)
+        self.bytes = 4 * (told.inputs + 1)  # of scratch, a row
         self._kept = (told.bias, told.norm)  # the map points at them
-        self._inputs, self._outputs, self._out = told.inputs, told.outputs, told.out
+        self._outputs, self._out = told.outputs, told.out
         self._scratch, self._kernel = scratch, kernels.call.heed_linear
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, in], contiguous, residual [N, out] or None, both in the weights' dtype -> [N, out]."""
         rows = len(x)
         out = x.new_empty(rows, self._outputs, dtype=self._out)
-        scratch = self._scratch.at(4 * rows * (self._inputs + 1))
-        self._kernel(self._at, x.data_ptr(), pointer(residual), out.data_ptr(), rows, scratch)
+        scratch = self._scratch.at(rows * self.bytes)
+        self._kernel(self.at, x.data_ptr(), pointer(residual), out.data_ptr(), rows, scratch)
         return out
 
 

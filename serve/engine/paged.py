@@ -36,7 +36,7 @@ class PagedAttend:
         if pages.kernels is None:
             raise ValueError("These pages are laid out for torch.")
         self._attend = pages.kernels.call.heed_attend
-        self._pages, self._windows = pages, [window or 0 for window in windows]
+        self.pages, self._windows = pages, [window or 0 for window in windows]
         size, group = pages.size, pages.heads // pages.kv_heads
         pairs = sum(share.length * (share.start + share.length) for share in shares)
         threads = torch.get_num_threads() if 2 * pairs * pages.heads * pages.dim > ALONE else 1
@@ -70,22 +70,22 @@ class PagedAttend:
             tables=self._tables.buffer_info()[0],
         )
         self._layer = Layer()
-        self._step_at, self._layer_at = ctypes.addressof(self._step), ctypes.addressof(self._layer)
+        self.step, self._layer_at = ctypes.addressof(self._step), ctypes.addressof(self._layer)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.dtype is not self._pages.dtype:
-            raise TypeError(f"Pages of {self._pages.dtype} cannot take {q.dtype}.")
+        if q.dtype is not self.pages.dtype:
+            raise TypeError(f"Pages of {self.pages.dtype} cannot take {q.dtype}.")
         q, k, v = self._aligned(q), self._aligned(k), self._aligned(v)
         out = torch.empty(q.shape, dtype=q.dtype)
         told = self._layer
         told.q, told.k, told.v, told.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         told.q_stride, told.k_stride, told.v_stride = q.stride(0), k.stride(0), v.stride(0)
-        told.keys, told.values = self._pages.pointers[layer]
+        told.keys, told.values = self.pages.pointers[layer]
         told.window = self._windows[layer]
-        self._attend(self._step_at, self._layer_at)
+        self._attend(self.step, self._layer_at)
         return out
 
     def _aligned(self, x: Tensor) -> Tensor:
         """x, or a copy in which the numbers of a row are contiguous."""
         _, heads, dims = x.stride()
-        return x if heads == self._pages.dim and dims == 1 else x.contiguous()
+        return x if heads == self.pages.dim and dims == 1 else x.contiguous()

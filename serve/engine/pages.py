@@ -7,6 +7,8 @@ keys, and paged.py attends; without them keys are [KV, blocks, size, D] and page
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -61,6 +63,8 @@ class Pages:
         self.values = [_zeros(shape, dtype, self.device) for _ in range(layers)]
         self.keys = [_zeros(transposed if self.kernels else shape, dtype, self.device) for _ in range(layers)]
         self.pointers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(self.keys, self.values, strict=True)]
+        self._cells = (ctypes.c_void_p * (2 * layers))(*itertools.chain(*self.pointers))
+        self.cells = ctypes.addressof(self._cells)  # the same, for the kernels
 
     @classmethod
     def of(cls, model: DecoderLM, *, blocks: int, size: int) -> Pages:

@@ -74,9 +74,9 @@ class Int8Linear:
                 len(told.matrices),
             )
         self._map = Map(weight=self._weight.data_ptr(), scales=self._scales.data_ptr(), **told.fields)
-        self._at = ctypes.addressof(self._map)
+        self.at = ctypes.addressof(self._map)
         self._kept = (told.bias, told.norm)  # the map points at them
-        self._bytes = 2 * (told.inputs + STEP) + 8 * -(-told.inputs // PIECE)
+        self.bytes = 2 * (told.inputs + STEP) + 8 * -(-told.inputs // PIECE)  # of scratch, a row
         self._outputs, self._out = told.outputs, told.out
         self._scratch, self._kernel = scratch, kernels.call.heed_int8_linear
 
@@ -85,12 +85,12 @@ class Int8Linear:
         rows = len(x)
         out = x.new_empty(rows, self._outputs, dtype=self._out)
         self._kernel(
-            self._at,
+            self.at,
             x.data_ptr(),
             pointer(residual),
             out.data_ptr(),
             rows,
-            self._scratch.at(rows * self._bytes),
+            self._scratch.at(rows * self.bytes),
             x.dtype is torch.bfloat16,
             self._out is torch.bfloat16,
         )

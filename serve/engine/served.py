@@ -2,9 +2,9 @@
 
     norm, qkv | rotate | attend | o + residual | norm, gate and up, silu(gate) * up | down + residual
 
-On a CPU with kernels each of these is one call, and what a token gets does not depend on who else is in the batch
-(`ServedLM.invariant`). Without them torch computes the fused products and lm what stands between. lm's own `hidden`,
-`start` and `step` drive it, under any `attend`.
+On a CPU with kernels each of these is one call, and over pages all of them are one together (layers.py); what a token
+gets does not depend on who else is in the batch (`ServedLM.invariant`). Without kernels torch computes the fused
+products and lm what stands between. lm's own `hidden`, `start` and `step` drive it, under any `attend`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lm.decoder import Block, DecoderLM
 from serve.engine import kernels as compiled
 from serve.engine.elementwise import Activation, Norm, Rotation, kernels_for, softcap
 from serve.engine.kernels import Kernels
+from serve.engine.layers import Layers
 from serve.engine.linears import FusedLinear, PlainLinear, Scratch
+from serve.engine.paged import PagedAttend
 from serve.engine.quantize import Int8Linear
 
 Into = Callable[[Tensor], Tensor]  # x [N, width] -> [N, n]
@@ -36,9 +38,18 @@ class ServedBlock(nn.Module):
         self.parts = [config.heads, config.kv, config.kv]
         self.dim = config.dim
         self.rotate = Rotation(block.self_attn, config.heads, config.kv, block.rotates, kernels)
-        self.qkv, self.o, self.inner, self.down = (
-            _plain_maps(block, config) if kernels is None else _fused_maps(block, config, kernels, scratch, int8)
-        )
+        # Where silu(gate) * up is part of the product there is no activation after it.
+        self.activation: Activation | None = Activation(config.activation, config.inner, kernels)
+        self.qkv: Into
+        self.o: Onto
+        self.inner: Into
+        self.down: Onto
+        if kernels is None:
+            self.qkv, self.o, self.inner, self.down = _plain_maps(block, config)
+        else:
+            self.qkv, self.o, self.inner, self.down = _fused_maps(block, config, kernels, scratch, int8)
+            if config.activation == "swiglu":
+                self.activation = None
 
     def forward(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
         """As lm.decoder.Block: x [..., width], contiguous; table [..., 2, D] or None."""
@@ -48,19 +59,21 @@ class ServedBlock(nn.Module):
         self.rotate(qkv, table)
         q, k, v = qkv.view(*shape[:-1], sum(self.parts), self.dim).split(self.parts, dim=-2)
         x = self.o(attend(self.layer, q, k, v).reshape(len(x), -1), x)
-        return self.down(self.inner(x), x).view(shape)
+        inner = self.inner(x)
+        if self.activation is not None:
+            inner = self.activation(inner)
+        return self.down(inner, x).view(shape)
 
 
 def _plain_maps(block: Block, config: DecoderConfig) -> tuple[Into, Onto, Into, Onto]:
     before, after = block.input_layernorm, block.post_attention_layernorm
     qkv, o, up, down = (PlainLinear(*_tensors(maps)) for maps in _maps(block, config))
-    activation = Activation(config.activation, config.inner, None)
-    return lambda x: qkv(before(x)), o, lambda x: activation(up(after(x))), down
+    return lambda x: qkv(before(x)), o, lambda x: up(after(x)), down
 
 
 def _fused_maps(
     block: Block, config: DecoderConfig, kernels: Kernels, scratch: Scratch, int8: bool
-) -> tuple[Into, Onto, Into, Onto]:
+) -> list[FusedLinear | Int8Linear]:
     def made(maps: list[nn.Linear], norm: nn.Module | None = None, *, gated: bool = False) -> FusedLinear | Int8Linear:
         weights, biases = _tensors(maps)
         if int8:
@@ -69,10 +82,7 @@ def _fused_maps(
 
     qkv, o, up, down = _maps(block, config)
     before, after = block.input_layernorm, block.post_attention_layernorm
-    if config.activation == "swiglu":
-        return made(qkv, before), made(o), made(up, after, gated=True), made(down)
-    inner, activation = made(up, after), Activation(config.activation, config.inner, kernels)
-    return made(qkv, before), made(o), lambda x: activation(inner(x)), made(down)
+    return [made(qkv, before), made(o), made(up, after, gated=config.activation == "swiglu"), made(down)]
 
 
 def _maps(block: Block, config: DecoderConfig) -> tuple[list[nn.Linear], ...]:
@@ -114,13 +124,22 @@ class ServedLM(DecoderLM):
         else:
             self.head = FusedLinear(head, (), self.kernels, scratch, out=torch.float32)
         self.norm = Norm(model.norm, self.kernels)
-        self.layers = nn.ModuleList()
         blocks, model.layers = list(model.layers), nn.ModuleList()
+        served: list[ServedBlock] = []
         while blocks:
             block = blocks.pop(0)
             assert isinstance(block, Block)
-            self.layers.append(ServedBlock(block, config, self.kernels, scratch, int8))
+            served.append(ServedBlock(block, config, self.kernels, scratch, int8))
+        self.layers = nn.ModuleList(served)
+        self._layers = Layers(served, config, self.kernels, scratch, weight.dtype) if self.kernels else None
         self.eval()
+
+    def through(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
+        """As lm.decoder.DecoderLM; x [N, width] may be overwritten."""
+        if self._layers is None or not isinstance(attend, PagedAttend):
+            return super().through(x, table, attend)
+        self._layers(x, table, attend)
+        return x
 
     @property
     def invariant(self) -> bool:

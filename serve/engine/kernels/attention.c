@@ -11,7 +11,7 @@
 // weighs exactly 0 for it, and a group in which it sees none multiplies by exactly 1: nothing depends on the tile.
 // Cells that hold no token of the sequence are loaded beside others, and never used.
 
-#include "common.h"
+#include "team.h"
 
 #include <float.h>
 
@@ -35,28 +35,6 @@ enum { TILE = 2, COLUMNS = 4 };
 
 // Registers beside each other, for a tile of so many rows.
 INLINE int columns_of(int rows) { return WIDTH == 8 && rows > 2 ? 2 : COLUMNS; }
-
-// Consecutive tokens of one sequence: `count` rows of the batch from `row` on, at `position` of the sequence, whose
-// blocks are tables[table], tables[table + 1], ...
-typedef struct {
-    int64_t row, position, count, table;
-} Part;
-
-// A step. serve/engine/kernels/attention.py has the same fields in the same order.
-typedef struct {
-    int64_t heads, kv_heads, dim, size, blocks;
-    int64_t is_bf16;  // else float
-    int64_t parts, threads;
-    const Part *part;
-    const int32_t *tables;
-} Step;
-
-// A layer of it. Rows of q, k and v are strides apart, in numbers; a row has its heads one after the other.
-typedef struct {
-    const void *q, *k, *v;
-    void *out, *keys, *values;
-    int64_t q_stride, k_stride, v_stride, window;
-} Layer;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -340,18 +318,18 @@ static void attend_part(const Step *step, const Layer *layer, const Part *part, 
     }
 }
 
-// ---- what Python calls ----
+// ---- the whole of it ----
+
+void attend_by_team(const Step *step, const Layer *layer) {
+    const int64_t items = step->parts * step->kv_heads;
+    // All keys and values must be there before anybody reads them: the first loop ends with a barrier.
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < items; i++) write_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < items; i++) attend_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
+}
 
 API void heed_attend(const Step *step, const Layer *layer) {
-    const int64_t items = step->parts * step->kv_heads;
 #pragma omp parallel num_threads((int)step->threads) if (step->threads > 1)
-    {
-        // All keys and values must be there before anybody reads them: the first loop ends with a barrier.
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < items; i++)
-            write_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < items; i++)
-            attend_part(step, layer, step->part + i / step->kv_heads, i % step->kv_heads);
-    }
+    attend_by_team(step, layer);
 }

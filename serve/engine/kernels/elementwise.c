@@ -2,6 +2,7 @@
 // fp32 or bf16 (`is_bf16`), arithmetic is fp32, rounded once at the end.
 
 #include "rows.h"
+#include "team.h"
 
 // ---- norm: x [rows, width] -> out [rows, width]; `centred` is LayerNorm, else RMSNorm; bias may be NULL ----
 
@@ -36,7 +37,7 @@ API void heed_norm(const void *x, void *out, const float *weight, const float *b
 INLINE void rotate_rows(void *x, const float *table, const float *q_norm, const float *k_norm, int64_t rows,
                         int64_t stride, int64_t q_heads, int64_t k_heads, int64_t dim, float eps, int is_bf16) {
     const int64_t heads = q_heads + k_heads, half = dim / 2;
-#pragma omp parallel for schedule(static) if (rows * heads * dim > WORTH_A_THREAD)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const float *cos = table + row * 2 * dim, *sin = cos + dim;
         for (int64_t head = 0; head < heads; head++) {
@@ -63,10 +64,16 @@ INLINE void rotate_rows(void *x, const float *table, const float *q_norm, const 
     }
 }
 
-API void heed_rotate(void *x, const float *table, const float *q_norm, const float *k_norm, int64_t rows,
-                     int64_t stride, int64_t q_heads, int64_t k_heads, int64_t dim, float eps, int64_t is_bf16) {
+void rotate_by_team(void *x, const float *table, const float *q_norm, const float *k_norm, int64_t rows, int64_t stride,
+                    int64_t q_heads, int64_t k_heads, int64_t dim, float eps, int is_bf16) {
     if (is_bf16) rotate_rows(x, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, 1);
     else rotate_rows(x, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, 0);
+}
+
+API void heed_rotate(void *x, const float *table, const float *q_norm, const float *k_norm, int64_t rows,
+                     int64_t stride, int64_t q_heads, int64_t k_heads, int64_t dim, float eps, int64_t is_bf16) {
+#pragma omp parallel if (rows * (q_heads + k_heads) * dim > WORTH_A_THREAD)
+    rotate_by_team(x, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, is_bf16 != 0);
 }
 
 // ---- activate: out [rows, inner] = f(x [rows, inner]); silu(gate) * up is part of the product before it ----
@@ -75,7 +82,7 @@ enum { GELU = 1, GELU_TANH, RELU2 };  // places in lm.config.ACTIVATIONS
 
 INLINE void activate_rows(const void *x, void *out, int64_t rows, int64_t inner, int kind, int is_bf16) {
     const int64_t bytes = inner * (is_bf16 ? 2 : 4);
-#pragma omp parallel for schedule(static) if (rows * inner > WORTH_A_THREAD / 2)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const void *from = (const char *)x + row * bytes;
         void *to = (char *)out + row * bytes;
@@ -90,7 +97,7 @@ INLINE void activate_rows(const void *x, void *out, int64_t rows, int64_t inner,
     }
 }
 
-API void heed_activate(const void *x, void *out, int64_t rows, int64_t inner, int64_t kind, int64_t is_bf16) {
+void activate_by_team(const void *x, void *out, int64_t rows, int64_t inner, int kind, int is_bf16) {
 #define CASE(KIND)                                                       \
     case KIND:                                                           \
         if (is_bf16) activate_rows(x, out, rows, inner, KIND, 1);        \
@@ -98,6 +105,11 @@ API void heed_activate(const void *x, void *out, int64_t rows, int64_t inner, in
         break;
     switch (kind) { CASE(GELU) CASE(GELU_TANH) CASE(RELU2) }
 #undef CASE
+}
+
+API void heed_activate(const void *x, void *out, int64_t rows, int64_t inner, int64_t kind, int64_t is_bf16) {
+#pragma omp parallel if (rows * inner > WORTH_A_THREAD / 2)
+    activate_by_team(x, out, rows, inner, (int)kind, is_bf16 != 0);
 }
 
 // ---- softcap: x = cap tanh(x / cap), fp32, in place ----

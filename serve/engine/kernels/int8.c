@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "rows.h"
+#include "team.h"
 
 #if defined(__AVX512VNNI__)
 #define STEP 4
@@ -95,7 +96,7 @@ API void heed_int8_pack(const void *matrix, int64_t outputs, int64_t inputs, int
 
 // ---- the product ----
 
-typedef struct {  // serve/engine/quantize.py has the same
+struct Int8Map {  // serve/engine/quantize.py has the same
     const weight_t *weight;
     const float *scales;
     const float *bias;         // [outputs], or of a gated map [gate | up]; NULL: none
@@ -105,7 +106,7 @@ typedef struct {  // serve/engine/quantize.py has the same
     int64_t gated;             // blocks of gate and up alternate, and the output is silu(gate) * up
     int64_t centred;           // the norm is LayerNorm
     float eps;
-} Map;
+};
 
 INLINE int64_t pieces_of(int64_t inputs) { return (inputs + PIECE - 1) / PIECE; }
 
@@ -121,13 +122,13 @@ INLINE int32_t add_lanes(vi x) {
     return total;
 }
 
-INLINE vf read_row(const Map *map, const void *x, Moments m, int64_t i, int is_bf16) {
+INLINE vf read_row(const Int8Map *map, const void *x, Moments m, int64_t i, int is_bf16) {
     const int64_t n = map->inputs - i;
     vf value = load_some(x, i, n, is_bf16);
     return map->norm_weight ? normed(value, m, map->norm_weight, map->norm_bias, i, n) : value;
 }
 
-INLINE void round_row(const Map *map, const void *x, Rounded to, int64_t row, int is_bf16) {
+INLINE void round_row(const Int8Map *map, const void *x, Rounded to, int64_t row, int is_bf16) {
     const int64_t inputs = map->inputs, padded = steps_of(inputs) * STEP, pieces = pieces_of(inputs);
     Moments m = {0, 1};
     if (map->norm_weight)
@@ -213,7 +214,7 @@ static void sum_any_tile(const weight_t *weight, Rounded x, int64_t row, int64_t
 }
 
 // From the sums of one tile to the output: the channels' scales, bias, silu(gate) * up, residual.
-static void finish_tile(const Map *map, vf sums[ROWS][VECTORS], const void *residual, void *out, int64_t row, int rows,
+static void finish_tile(const Int8Map *map, vf sums[ROWS][VECTORS], const void *residual, void *out, int64_t row, int rows,
                         int64_t block, int vectors, int is_bf16) {
     const int64_t outputs = map->outputs;
     for (int r = 0; r < rows; r++) {
@@ -236,7 +237,7 @@ static void finish_tile(const Map *map, vf sums[ROWS][VECTORS], const void *resi
 
 // Blocks [block, end) of all rows. The weights of a few blocks stay in a near cache while the rows pass; while those after
 // the first few pass, which waited for the weights, the next few blocks are fetched.
-static void blocks(const Map *map, Rounded x, const void *residual, void *out, int64_t rows, int64_t block,
+static void blocks(const Int8Map *map, Rounded x, const void *residual, void *out, int64_t rows, int64_t block,
                    int64_t end, int is_bf16) {
     const int64_t steps = steps_of(map->inputs), pieces = pieces_of(map->inputs), tiles = (rows + ROWS - 1) / ROWS;
     vf sums[ROWS][VECTORS];
@@ -259,25 +260,28 @@ static void blocks(const Map *map, Rounded x, const void *residual, void *out, i
     }
 }
 
-// x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs] in out's dtype, which may be out itself).
-// scratch: rows * (2 * (inputs + STEP) + 8 * pieces) bytes.
-API void heed_int8_linear(const Map *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch,
-                          int64_t x_is_bf16, int64_t out_is_bf16) {
+void int8_linear_by_team(const Int8Map *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch,
+                         int x_is_bf16, int out_is_bf16) {
     const int64_t each = map->inputs * (x_is_bf16 ? 2 : 4), pieces = pieces_of(map->inputs);
     const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
     float *scales = scratch;
     int32_t *starts = (int32_t *)(scales + rows * pieces);
     const Rounded small = {(number *)(starts + rows * pieces), scales, starts};
-#pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
-    {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            if (x_is_bf16) round_row(map, (const char *)x + row * each, small, row, 1);
-            else round_row(map, (const char *)x + row * each, small, row, 0);
-        }
-        // All rows are rounded here. Each thread has an even part of the blocks.
-        const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-        blocks(map, small, residual, out, rows, units * me / threads * unit, units * (me + 1) / threads * unit,
-               out_is_bf16 != 0);
+    for (int64_t row = 0; row < rows; row++) {
+        if (x_is_bf16) round_row(map, (const char *)x + row * each, small, row, 1);
+        else round_row(map, (const char *)x + row * each, small, row, 0);
     }
+    // All rows are rounded here. Each thread has an even part of the blocks.
+    const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+    blocks(map, small, residual, out, rows, units * me / threads * unit, units * (me + 1) / threads * unit,
+           out_is_bf16);
+}
+
+// x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs] in out's dtype, which may be out itself).
+// scratch: rows * (2 * (inputs + STEP) + 8 * pieces) bytes.
+API void heed_int8_linear(const Int8Map *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch,
+                          int64_t x_is_bf16, int64_t out_is_bf16) {
+#pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
+    int8_linear_by_team(map, x, residual, out, rows, scratch, x_is_bf16 != 0, out_is_bf16 != 0);
 }

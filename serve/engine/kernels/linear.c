@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "rows.h"
+#include "team.h"
 
 #if defined(__AVX512BF16__)
 #define PAIRS 1    // two bf16 inputs are multiplied and added by one instruction
@@ -47,7 +48,7 @@ API void heed_pack(const void *matrix, int64_t outputs, int64_t inputs, int64_t 
     }
 }
 
-typedef struct {  // serve/engine/linears.py has the same
+struct FloatMap {  // serve/engine/linears.py has the same
     const void *weight;
     const float *bias;         // [outputs], or of a gated map [gate | up]; NULL: none
     const float *norm_weight;  // [inputs]; NULL: the rows are taken as they are
@@ -58,7 +59,7 @@ typedef struct {  // serve/engine/linears.py has the same
     int64_t is_bf16;           // weights, x and residual; else float
     int64_t out_is_bf16;
     float eps;
-} FloatMap;
+};
 
 // A row as it is multiplied: normed, in its type, with zeros up to a whole step.
 static void prepare_row(const FloatMap *map, const void *x, void *to, int64_t row, int is_bf16) {
@@ -225,28 +226,30 @@ static void many_rows(const FloatMap *map, const char *numbers, const void *resi
     }
 }
 
-// x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs]). scratch: rows * (inputs + 1) * 4 bytes.
-API void heed_linear(const FloatMap *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch) {
-    if (rows == 0) return;
+void linear_by_team(const FloatMap *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch) {
     const int is_bf16 = map->is_bf16 != 0;
     const int64_t unit = map->gated ? 2 : 1, units = (map->outputs + WIDTH - 1) / WIDTH;
     // Rows that lie as they are multiplied are read where they are.
     const int as_they_are =
         !map->norm_weight && is_bf16 == rows_are_bf16(is_bf16) && map->inputs % step_of(is_bf16) == 0;
-#pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
-    {
-        if (!as_they_are) {
+    if (!as_they_are) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) {
-                if (is_bf16) prepare_row(map, x, scratch, row, 1);
-                else prepare_row(map, x, scratch, row, 0);
-            }
+        for (int64_t row = 0; row < rows; row++) {
+            if (is_bf16) prepare_row(map, x, scratch, row, 1);
+            else prepare_row(map, x, scratch, row, 0);
         }
-        // All rows are prepared here. Each thread has an even part of the blocks.
-        const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int64_t first = units * me / threads * unit, end = units * (me + 1) / threads * unit;
-        const void *numbers = as_they_are ? x : scratch;
-        if (rows <= MOST) few_rows(map, numbers, residual, out, (int)rows, first, end);
-        else many_rows(map, numbers, residual, out, rows, first, end);
     }
+    // All rows are prepared here. Each thread has an even part of the blocks.
+    const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t first = units * me / threads * unit, end = units * (me + 1) / threads * unit;
+    const void *numbers = as_they_are ? x : scratch;
+    if (rows <= MOST) few_rows(map, numbers, residual, out, (int)rows, first, end);
+    else many_rows(map, numbers, residual, out, rows, first, end);
+}
+
+// x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs]). scratch: rows * (inputs + 1) * 4 bytes.
+API void heed_linear(const FloatMap *map, const void *x, const void *residual, void *out, int64_t rows, void *scratch) {
+    if (rows == 0) return;
+#pragma omp parallel if (rows * map->inputs * map->outputs > 2 * WORTH_A_THREAD)
+    linear_by_team(map, x, residual, out, rows, scratch);
 }

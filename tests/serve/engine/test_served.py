@@ -125,6 +125,30 @@ def logits(model: ServedLM, steps: list[list[tuple[int, int, int]]], prompts: li
 
 
 @pytest.mark.skipif(not VARIANTS, reason="the kernels are not compiled")
+@settings(max_examples=25, deadline=None)
+@given(
+    config=configs(),
+    name=st.sampled_from(VARIANTS),
+    numbers=st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")]),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
+def test_all_layers_in_one_call_are_the_layers_one_by_one(
+    config: DecoderConfig, name: str, numbers: tuple[torch.dtype, str | None], lengths: list[int]
+) -> None:
+    prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in lengths]
+    steps = [[(i, 0, length - 1) for i, length in enumerate(lengths) if length > 1]]
+    steps += [[(i, length - 1, 1) for i, length in enumerate(lengths)]]
+    with variant(name):
+        model = serve_model(in_dtype(made(config), numbers[0]), numbers[1])
+        together = logits(model, [step for step in steps if step], prompts)
+        model._layers = None
+        one_by_one = logits(model, [step for step in steps if step], prompts)
+    assert together.keys() == one_by_one.keys() == set(range(len(prompts)))
+    for i, found in together.items():
+        assert torch.equal(found, one_by_one[i])
+
+
+@pytest.mark.skipif(not VARIANTS, reason="the kernels are not compiled")
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_company_changes_no_bit(data: st.DataObject) -> None:
