@@ -28,8 +28,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     VARIANTS["avx512"] = [
         *VARIANTS["avx2"],
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     ]
+    VARIANTS["avx512bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
 
 
 class BuildVariants(build_ext):

@@ -16,7 +16,7 @@
 #if defined(__AVX512BF16__)
 #define PAIRS 1    // two bf16 inputs are multiplied and added by one instruction
 #else
-#define PAIRS 0    // bf16 weights are widened as they are read, and rows are floats
+#define PAIRS 0    // a pair of bf16 weights is widened as it is read, and rows are floats
 #endif
 #define ROWS 6     // a tile is up to ROWS rows x VECTORS blocks of sums in registers
 #if WIDTH == 16
@@ -25,11 +25,14 @@
 #define VECTORS 2
 #endif
 #define MOST (ROWS * VECTORS)  // or up to so many rows x 1 block
+// Rows that few_rows takes. Where weights are widened, a tile of one block would wait for its rows more than for memory.
+INLINE int64_t few_of(int is_bf16) { return is_bf16 && !PAIRS ? MOST / 2 : MOST; }
 
-INLINE int64_t step_of(int is_bf16) { return is_bf16 && PAIRS ? 2 : 1; }
+INLINE int64_t step_of(int is_bf16) { return is_bf16 ? 2 : 1; }
 INLINE int64_t steps_of(int64_t inputs, int is_bf16) { return (inputs + step_of(is_bf16) - 1) / step_of(is_bf16); }
-INLINE int64_t bytes_of_step(int is_bf16) { return WIDTH * step_of(is_bf16) * (is_bf16 ? 2 : 4); }  // of one block
+INLINE int64_t bytes_of_step(void) { return WIDTH * 4; }  // of one block: floats, or pairs of bf16
 INLINE int rows_are_bf16(int is_bf16) { return is_bf16 && PAIRS; }
+INLINE int64_t bytes_of_numbers(int is_bf16) { return is_bf16 && !PAIRS ? 8 : 4; }  // a step of a row
 
 // matrix [outputs, inputs] -> blocks `first`, `first + apart`, ... of packed
 API void heed_pack(const void *matrix, int64_t outputs, int64_t inputs, int64_t is_bf16, void *packed, int64_t first,
@@ -37,8 +40,8 @@ API void heed_pack(const void *matrix, int64_t outputs, int64_t inputs, int64_t 
     const int64_t step = step_of(is_bf16 != 0), steps = steps_of(inputs, is_bf16 != 0);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < (outputs + WIDTH - 1) / WIDTH; b++) {
-        char *block = (char *)packed + (first + b * apart) * steps * bytes_of_step(is_bf16 != 0);
-        memset(block, 0, steps * bytes_of_step(is_bf16 != 0));
+        char *block = (char *)packed + (first + b * apart) * steps * bytes_of_step();
+        memset(block, 0, steps * bytes_of_step());
         for (int64_t i = 0; i < inputs; i++)
             for (int64_t lane = 0; lane < smaller(WIDTH, outputs - b * WIDTH); lane++) {
                 const int64_t from = (b * WIDTH + lane) * inputs + i, to = (i / step * WIDTH + lane) * step + i % step;
@@ -79,14 +82,19 @@ static void prepare_row(const FloatMap *map, const void *x, void *to, int64_t ro
     for (int64_t i = inputs; i < padded; i++) write_any(numbers, i, 0, narrow);
 }
 
-INLINE vf weights_at(const char *block, int64_t step, int is_bf16) {  // of one step: what dot multiplies
-    block += step * bytes_of_step(is_bf16);
-    return is_bf16 && !PAIRS ? load_bf16((const bf16 *)block) : load((const float *)block);
+// One step of a block with one of a row. Of a float there is one part, and of a pair of bf16, where no instruction takes
+// both, there are two, the first and the second of each pair: every part is a multiply-add for itself.
+INLINE int parts_of(int is_bf16) { return is_bf16 && !PAIRS ? 2 : 1; }
+
+INLINE vf weights_at(const char *block, int64_t step, int part, int is_bf16) {
+    vf bits = load((const float *)(block + step * bytes_of_step()));
+    if (!is_bf16 || PAIRS) return bits;
+    return part ? (vf)((vi)bits & (int32_t)0xffff0000) : (vf)((vi)bits << 16);
 }
 
-INLINE vf numbers_at(const char *row, int64_t step) {  // a row's step (4 bytes: a float, or a pair of bf16) in all lanes
+INLINE vf numbers_at(const char *row, int64_t step, int part, int is_bf16) {  // 4 bytes in all lanes
     int32_t bits;
-    memcpy(&bits, row + 4 * step, sizeof bits);
+    memcpy(&bits, row + step * bytes_of_numbers(is_bf16) + 4 * part, sizeof bits);
     return (vf)splat_int(bits);
 }
 
@@ -101,22 +109,25 @@ INLINE vf dot(vf weights, vf numbers, vf acc, int is_bf16) {
 // Meanwhile what lies `ahead`, `bytes` of it a step, comes into a near cache.
 INLINE void sum_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
                      vf *sums, const char *ahead, int64_t bytes) {
-    const int64_t apart = steps * bytes_of_step(is_bf16);
+    const int64_t apart = steps * bytes_of_step();
     vf acc[MOST][VECTORS];
 #pragma GCC unroll 24
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) acc[r][v] = splat(0);
     for (int64_t step = 0; step < steps; step++) {
-        vf w[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) w[v] = weights_at(weight + v * apart, step, is_bf16);
         for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(ahead + step * bytes + i, 0, 2);
-#pragma GCC unroll 24
-        for (int r = 0; r < rows; r++) {
-            const vf x = numbers_at(numbers + r * steps * 4, step);
+#pragma GCC unroll 2
+        for (int part = 0; part < parts_of(is_bf16); part++) {
+            vf w[VECTORS];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) acc[r][v] = dot(w[v], x, acc[r][v], is_bf16);
+            for (int v = 0; v < vectors; v++) w[v] = weights_at(weight + v * apart, step, part, is_bf16);
+#pragma GCC unroll 24
+            for (int r = 0; r < rows; r++) {
+                const vf x = numbers_at(numbers + r * steps * bytes_of_numbers(is_bf16), step, part, is_bf16);
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) acc[r][v] = dot(w[v], x, acc[r][v], is_bf16);
+            }
         }
     }
 #pragma GCC unroll 24
@@ -184,7 +195,7 @@ static void finish_tile(const FloatMap *map, const vf *sums, const void *residua
 static void few_rows(const FloatMap *map, const char *numbers, const void *residual, void *out, int rows, int64_t block,
                      int64_t end) {
     const int is_bf16 = map->is_bf16 != 0, room = MOST / rows >= VECTORS ? VECTORS : MOST / rows >= 2 ? 2 : 1;
-    const int64_t steps = steps_of(map->inputs, is_bf16), size = steps * bytes_of_step(is_bf16);
+    const int64_t steps = steps_of(map->inputs, is_bf16), size = steps * bytes_of_step();
     vf sums[MOST * VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
@@ -192,7 +203,7 @@ static void few_rows(const FloatMap *map, const char *numbers, const void *resid
             const int now = vectors - v < room ? vectors - v : room;
             const char *weight = (const char *)map->weight + (block + v) * size;
             sum_any_tile(weight, numbers, steps, rows, now, is_bf16, sums + v, weight + now * size,
-                         now * bytes_of_step(is_bf16));
+                         now * bytes_of_step());
             v += now;
         }
         finish_tile(map, sums, residual, out, 0, rows, block, vectors);
@@ -209,15 +220,15 @@ static void many_rows(const FloatMap *map, const char *numbers, const void *resi
     vf sums[MOST * VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
-        const char *weight = (const char *)map->weight + block * steps * bytes_of_step(is_bf16);
-        const int64_t size = vectors * steps * bytes_of_step(is_bf16);
+        const char *weight = (const char *)map->weight + block * steps * bytes_of_step();
+        const int64_t size = vectors * steps * bytes_of_step();
         const int64_t part = tiles > 1 && size <= NEAR ? (size + tiles - 2) / (tiles - 1) : 0;  // bytes a tile
         const int64_t bytes = (part + steps * LINE - 1) / (steps * LINE) * LINE;                 // and a step of it
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
             const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
             const int64_t from = (tile - 1) * bytes * steps;
             const int fetching = tile > 0 && from < size && block + vectors < end;
-            sum_any_tile(weight, numbers + row * steps * 4, steps, count, vectors, is_bf16, sums, weight + size + from,
+            sum_any_tile(weight, numbers + row * steps * bytes_of_numbers(is_bf16), steps, count, vectors, is_bf16, sums, weight + size + from,
                          fetching ? bytes : 0);
             finish_tile(map, sums, residual, out, row, count, block, vectors);
             row += count;
@@ -243,7 +254,7 @@ void linear_by_team(const FloatMap *map, const void *x, const void *residual, vo
     const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t first = units * me / threads * unit, end = units * (me + 1) / threads * unit;
     const void *numbers = as_they_are ? x : scratch;
-    if (rows <= MOST) few_rows(map, numbers, residual, out, (int)rows, first, end);
+    if (rows <= few_of(is_bf16)) few_rows(map, numbers, residual, out, (int)rows, first, end);
     else many_rows(map, numbers, residual, out, rows, first, end);
 }
 

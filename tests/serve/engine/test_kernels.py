@@ -20,7 +20,9 @@ def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_variant_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEED_KERNELS", "sse9")
-    with pytest.raises(ValueError, match=r"HEED_KERNELS is 'sse9'; it can be off, avx512, avx2, portable\."):
+    with pytest.raises(
+        ValueError, match=r"HEED_KERNELS is 'sse9'; it can be off, avx512bf16, avx512, avx2, portable\."
+    ):
         kernels.current()
 
 
@@ -47,6 +49,19 @@ def test_a_processor_without_the_instructions_gets_a_lesser_variant(monkeypatch:
         assert kernels.available() == "portable"
     finally:
         library.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "first"), [("GenuineIntel", "avx512"), ("AuthenticAMD", "avx512bf16"), ("", "avx512bf16")]
+)
+def test_pairs_of_bfloat16_are_multiplied_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, first: str
+) -> None:
+    monkeypatch.setattr(library, "_cpu_info", lambda key: vendor if key == "vendor_id" else "")
+    order = library.best_first()
+    assert order[0] == first
+    assert sorted(order) == sorted(library.NEEDS)
+    assert order[-2:] == ["avx2", "portable"]
 
 
 @needs_kernels
