@@ -80,7 +80,7 @@ def current() -> Kernels | None:
 
 
 def best_first() -> list[str]:
-    """The variants as `current` tries them. Intel's instruction for pairs of bf16 multiplies half as much in its time as
+    """The variants as `current` tries them. Intel's instruction for pairs of bf16 multiplies half as much in a time as
     that for floats (measured on a Xeon, family 6, model 207: 104 against 207 GFLOP/s a core); AMD's twice as much.
     """
     order = list(NEEDS)
