@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.cpu import pairs_are_slow
+
 FEW_ROWS = 16  # below this many rows the operator's own cost outweighs its speed
 PACKED_ROWS = 512  # up to which `Packed` is for
 
@@ -56,8 +58,10 @@ def bf16_is_fast(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return False
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return platform.machine() in ("aarch64", "arm64") or any(getattr(torch.cpu, name, bool)() for name in instructions)
+    if platform.machine() in ("aarch64", "arm64"):
+        return True
+    tiles, pairs = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    return tiles or (pairs and not pairs_are_slow())
 
 
 @cache

@@ -23,6 +23,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from lm.cpu import cpu_info, pairs_are_slow
+
 # What each variant needs of the processor, best first. Names as Linux spells them in /proc/cpuinfo.
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
@@ -80,13 +82,10 @@ def current() -> Kernels | None:
 
 
 def best_first() -> list[str]:
-    """The variants as `current` tries them. Intel's instruction for pairs of bf16 multiplies half as much in a time as
-    that for floats (measured on a Xeon, family 6, model 207: 104 against 207 GFLOP/s a core); AMD's twice as much.
-    """
+    """The variants as `current` tries them."""
     order = list(NEEDS)
-    if "GenuineIntel" in _cpu_info("vendor_id"):
-        order.remove("avx512bf16")
-        order.insert(order.index("avx512") + 1, "avx512bf16")
+    if pairs_are_slow():  # and weights that are widened as they are read are not
+        order[:2] = ["avx512", "avx512bf16"]
     return order
 
 
@@ -131,17 +130,7 @@ def _check_sources(library: ctypes.CDLL, file: Path) -> None:
 
 
 def _cpu_flags() -> frozenset[str]:
-    return frozenset(_cpu_info("flags").split())
-
-
-@functools.cache
-def _cpu_info(key: str) -> str:
-    """What the system says of its first processor, "" where it says nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+    return frozenset(cpu_info("flags").split())
 
 
 def _share_openmp() -> None:
