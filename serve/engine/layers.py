@@ -96,9 +96,13 @@ class Layers:
         self._bytes = max(one.bytes for one in maps)  # of scratch, a row
         self._scratch, self._kernel = scratch, kernels.call.heed_decode
 
-    def __call__(self, x: Tensor, table: Tensor | None, attend: PagedAttend) -> None:
-        """x [N, width], in place; table fp32 [N, 2, D], contiguous, or None."""
+    def __call__(self, x: Tensor, table: Tensor | None, attend: PagedAttend, wanted: Tensor | None = None) -> Tensor:
+        """x [N, width], overwritten; table fp32 [N, 2, D], contiguous, or None -> what leaves the last block.
+
+        With wanted, int64 [M], it is computed for these rows alone, [M, width], and x is left as it enters that block.
+        """
         rows = len(x)
+        last = x if wanted is None else x.new_empty(len(wanted), x.shape[1])
         qkv, mixed, inner = (x.new_empty(rows, width) for width in (self._row, self._mixed, self._inner))
         self._kernel(
             self._at,
@@ -111,4 +115,8 @@ class Layers:
             mixed.data_ptr(),
             inner.data_ptr(),
             self._scratch.at(rows * self._bytes),
+            pointer(wanted),
+            -1 if wanted is None else len(wanted),
+            last.data_ptr(),
         )
+        return last

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lm.decoder import DecoderLM
 from lm.upload import upload
-from serve.engine.pages import Pages
+from serve.engine.pages import Attend, Pages
 from serve.engine.requests import Request
 from serve.engine.sampler import Drawn
 from serve.engine.scheduler import Share
+from serve.engine.served import ServedLM
 
 PROMPT_ROWS = 256  # rows of prompt log-probabilities at a time: each is as wide as the vocabulary
 
@@ -89,7 +90,6 @@ class PagedRunner:
 
     def run(self, shares: Sequence[Share]) -> Forward:
         """See Runner."""
-        hidden = self.hidden(shares)
         caught_up: list[Share] = []
         counts: list[int] = []
         wanted: list[int] = []
@@ -100,20 +100,31 @@ class PagedRunner:
                 caught_up.append(share)
                 counts.append(share.start + share.length - share.request.known + 1)
                 wanted += range(end - counts[-1], end)
-        final = hidden if len(wanted) == len(hidden) else hidden.index_select(0, self._tensor(wanted))
+        hidden, final = self._passed(shares, wanted, end)
         logits = self.model.logits(final).float()
         return Forward(caught_up, counts, logits, _broken(shares, hidden), self._prompt_logits(shares, hidden))
 
     def hidden(self, shares: Sequence[Share]) -> Tensor:
         """What the model makes of the tokens of the shares, [tokens, width]; good until the next call."""
+        return self.model.hidden(*self._inputs(shares))
+
+    def _passed(self, shares: Sequence[Share], wanted: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """[tokens, width], no number where something is none, and `hidden` of the rows wanted; of all rows for both
+        where probabilities of prompts are asked for.
+        """
+        of_prompts = any(share.request.prompt_logprobs is not None for share in shares)
+        if isinstance(self.model, ServedLM) and len(wanted) < tokens and not of_prompts:
+            return self.model.hidden_of(self._tensor(wanted), *self._inputs(shares))
+        hidden = self.hidden(shares)
+        return hidden, hidden if len(wanted) == tokens else hidden.index_select(0, self._tensor(wanted))
+
+    def _inputs(self, shares: Sequence[Share]) -> tuple[Tensor, Tensor, Attend]:
         tokens: list[int] = []
         positions: list[int] = []
         for request, start, count in shares:
             tokens += request.tokens(start, count)
             positions += range(start, start + count)
-        return self.model.hidden(
-            self._tensor(tokens), self._tensor(positions), self.pages.attend(self._windows, shares)
-        )
+        return self._tensor(tokens), self._tensor(positions), self.pages.attend(self._windows, shares)
 
     def _tensor(self, values: list[int]) -> Tensor:
         """int64, by way of numpy, which reads a list several times as fast."""

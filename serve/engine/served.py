@@ -138,8 +138,18 @@ class ServedLM(DecoderLM):
         """As lm.decoder.DecoderLM; x [N, width] may be overwritten."""
         if self._layers is None or not isinstance(attend, PagedAttend):
             return super().through(x, table, attend)
-        self._layers(x, table, attend)
-        return x
+        return self._layers(x, table, attend)
+
+    def hidden_of(self, wanted: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Of all rows what shows whether something is no number, [N, width], and `hidden` of those wanted, int64 [M],
+        [M, width]. The last block is computed for these alone, where it can be.
+        """
+        if self._layers is None or not isinstance(attend, PagedAttend):
+            hidden = self.hidden(tokens, positions, attend)
+            return hidden, hidden.index_select(0, wanted)
+        x, table = self.embed(tokens, positions)
+        hidden = self.norm(self._layers(x, table, attend, wanted))
+        return x.index_copy_(0, wanted, hidden), hidden
 
     @property
     def invariant(self) -> bool:

@@ -31,11 +31,21 @@ static void linear(const Decoder *d, const void *map, const void *x, const void 
 #pragma omp barrier
 }
 
+// Some rows of from [_, bytes], to [count, bytes].
+static void gather(const void *from, const int64_t *rows, int64_t count, int64_t bytes, void *to) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) memcpy((char *)to + i * bytes, (const char *)from + rows[i] * bytes, bytes);
+}
+
 // x [rows, width], the residual stream, goes through all blocks, in place. table: angles fp32 [rows, 2, dim] or NULL.
 // cells: of each block its keys and its values. Memory that holds nothing before or after: qkv [rows, (heads + 2
 // kv_heads) * dim], mixed [rows, heads * dim], inner [rows, inner], and scratch for the map that asks for most.
+//
+// With wanted [count], what leaves the last block is computed for these rows alone, into last [count, width], and x stays
+// as it enters that block. A count of -1 wants all, in x.
 API void heed_decode(const Decoder *d, const Step *step, void *const *cells, void *x, const float *table, int64_t rows,
-                     void *qkv, void *mixed, void *inner, void *scratch) {
+                     void *qkv, void *mixed, void *inner, void *scratch, const int64_t *wanted, int64_t count,
+                     void *last) {
     if (rows == 0) return;
     const int64_t bytes = d->is_bf16 ? 2 : 4, stride = (d->heads + 2 * d->kv_heads) * d->dim;
     const char *k = (const char *)qkv + d->heads * d->dim * bytes, *v = k + d->kv_heads * d->dim * bytes;
@@ -50,9 +60,18 @@ API void heed_decode(const Decoder *d, const Step *step, void *const *cells, voi
         const Layer layer = {qkv,    k,      v,      mixed,        cells[2 * i], cells[2 * i + 1],
                              stride, stride, stride, block->window};
         attend_by_team(step, &layer);
-        linear(d, block->o, mixed, x, x, rows, scratch);
-        linear(d, block->inner, x, NULL, inner, rows, scratch);
-        if (d->activation) activate_by_team(inner, inner, rows, d->inner, (int)d->activation, d->is_bf16 != 0);
-        linear(d, block->down, inner, x, x, rows, scratch);
+        const void *heads = mixed;
+        void *stream = x;
+        int64_t n = rows;
+        if (count >= 0 && i == d->count - 1) {
+            if (count == 0) break;
+            gather(mixed, wanted, count, d->heads * d->dim * bytes, qkv);
+            gather(x, wanted, count, d->width * bytes, last);
+            heads = qkv, stream = last, n = count;
+        }
+        linear(d, block->o, heads, stream, stream, n, scratch);
+        linear(d, block->inner, stream, NULL, inner, n, scratch);
+        if (d->activation) activate_by_team(inner, inner, n, d->inner, (int)d->activation, d->is_bf16 != 0);
+        linear(d, block->down, inner, stream, stream, n, scratch);
     }
 }

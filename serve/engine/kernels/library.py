@@ -38,8 +38,8 @@ NEEDS: dict[str, frozenset[str]] = {
 POINTER, INT, FLOAT = c_void_p, c_int64, c_float  # an INT is int64_t in C
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "heed_attend": (POINTER, POINTER),  # attention.py: Step, Layer
-    # Decoder (layers.py), Step (attention.py), cells, x, table, rows, qkv, mixed, inner, scratch
-    "heed_decode": (POINTER, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER, POINTER, POINTER),
+    # Decoder (layers.py), Step (attention.py), cells, x, table, rows, qkv, mixed, inner, scratch, wanted, count, last
+    "heed_decode": (*(POINTER,) * 5, INT, *(POINTER,) * 5, INT, POINTER),
     # x, out, weight, bias, rows, width, eps, centred, is_bf16
     "heed_norm": (POINTER, POINTER, POINTER, POINTER, INT, INT, FLOAT, INT, INT),
     # qkv, table, q_norm, k_norm, rows, stride, q_heads, k_heads, dim, eps, is_bf16

@@ -206,3 +206,18 @@ def test_a_draft_has_logits_after_each_of_its_tokens() -> None:
     for drafted in range(4):
         sequence = known + draft[:drafted]
         assert torch.equal(forward.logits[drafted], logits(model, [[(0, 0, len(sequence))]], [sequence])[0])
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_what_is_no_number_is_seen_in_whichever_block_it_arises(where: str) -> None:
+    model = made(CONFIG)
+    with torch.no_grad():
+        model.layers[0 if where == "first" else -1].mlp.down_proj.weight.fill_(torch.inf)
+    served = serve_model(model)
+    runner = PagedRunner(served, Pages.of(served, blocks=6, size=16))
+    request = Request(id="a", prompt=list(range(20)), params=SamplingParams())
+    request.table = [1, 2]
+    with torch.inference_mode():
+        assert runner.run([Share(request, 0, 20)]).broken == [request]
+        broken = runner.run([Share(request, 0, 12)]).broken  # of which no row is asked for
+    assert broken == ([request] if where == "first" else [])
