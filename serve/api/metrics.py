@@ -60,7 +60,7 @@ class Metrics:
         self.load = {"num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}  # after the last step
         self._left: dict[tuple[Group, int], list[Member]] = {}  # of each prompt, the sequences that have ended
         self._gauges(client, ready)
-        self._counters(bool(client.config.speculative))
+        self._counters(client.config.speculative)
         self._histograms(ready.max_model_len)
         client.on_step = self._on_step
         client.on_output = self._on_output
@@ -84,7 +84,9 @@ class Metrics:
         }
         Gauge("vllm:cache_config_info", "The KV cache's shape.", shape, registry=self.registry).labels(**shape).set(1)
 
-    def _counters(self, speculative: bool) -> None:
+    def _counters(self, speculative: int) -> None:
+        """speculative: tokens of a draft, 0 for no drafts."""
+
         def counter(name: str, text: str) -> Counter:
             return self._one(Counter, name, text)
 
@@ -116,7 +118,12 @@ class Metrics:
         self._model = self._one(Counter, "model_seconds", "Of the steps, what the model took.", "heed")
         self._prefix = self._one(Counter, "prefix_cache_seconds", "Of the steps, looking up prefixes.", "heed")
         self._drafts: tuple[Counter, ...] = ()
+        self._places: list[Counter] = []
         if speculative:
+            places = self._family(
+                *(Counter, "spec_decode_num_accepted_tokens_per_pos", "Accepted, by place in the draft.", "position")
+            )
+            self._places = [places.labels(*self._values, str(place)) for place in range(speculative)]
             self._drafts = (
                 counter("spec_decode_num_drafts", "Times that tokens were proposed."),
                 counter("spec_decode_num_draft_tokens", "Tokens proposed."),
@@ -170,6 +177,8 @@ class Metrics:
         self._model.inc(stats.model_seconds)
         self._prefix.inc(stats.prefix_seconds)
         for counter, value in zip(self._drafts, (stats.drafts, stats.drafted, stats.accepted), strict=False):
+            counter.inc(value)
+        for counter, value in zip(self._places, stats.accepted_at, strict=False):
             counter.inc(value)
         if stats.tokens:
             self._iteration.observe(stats.tokens)

@@ -227,7 +227,7 @@ class Engine:
                 if not request.generate and share.catches_up:
                     outputs.append(self._ended_with(request, endings.only_prompt(request)))
                 continue
-            stats.accepted += len(tokens) - 1
+            _count_accepted(stats, len(tokens) - 1)
             before = request.known
             try:
                 output = endings.take(request, tokens, self.eos)
@@ -332,6 +332,14 @@ def _note_prompt(prompt: PromptLogits) -> None:
 
 def _ids(request: Request) -> list[str]:
     return request.ids if isinstance(request, BeamRequest) else [request.id]
+
+
+def _count_accepted(stats: Stats, tokens: int) -> None:
+    """The first so many tokens of a draft held."""
+    stats.accepted += tokens
+    stats.accepted_at += [0] * (tokens - len(stats.accepted_at))
+    for place in range(tokens):
+        stats.accepted_at[place] += 1
 
 
 def _sentence(error: Exception) -> str:

@@ -216,7 +216,8 @@ class Stats(msgspec.Struct, array_like=True):
     model_seconds: float = 0.0  # and of this, of the model
     drafts: int = 0  # times that tokens were proposed,
     drafted: int = 0  # the tokens,
-    accepted: int = 0  # and of these, those that the model agreed with
+    accepted: int = 0  # of these, those that the model agreed with,
+    accepted_at: list[int] = []  # and how many that were at each place of a draft
 
 
 class Step(msgspec.Struct, tag="step"):

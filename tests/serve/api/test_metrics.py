@@ -247,3 +247,22 @@ def test_the_load_is_what_is_being_answered(counted) -> None:
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")
         assert httpx.get(counted.url + "/load").json() == {"server_load": 1}
+
+
+def test_drafts_are_counted_by_place(folder: Path, tmp_path: Path, launching) -> None:
+    speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}'
+    running = launching(folder, tmp_path / "log", "--speculative-config", speculation)
+    try:
+        body = {"prompt": [7, 8, 9] * 8, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+        # A model of random weights has no reason to repeat anything but where it has no choice.
+        answer = httpx.post(running.url + "/v1/completions", json=body | {"allowed_token_ids": [7]})
+        assert answer.status_code == 200, answer.text
+        after = Scrape(running)
+    finally:
+        running.end()
+    places = [
+        after.sum("vllm:spec_decode_num_accepted_tokens_per_pos_total", position=str(place)) for place in range(3)
+    ]
+    assert places == sorted(places, reverse=True)
+    assert sum(places) == after.sum("vllm:spec_decode_num_accepted_tokens_total") > 0
+    assert places[0] <= after.sum("vllm:spec_decode_num_drafts_total")

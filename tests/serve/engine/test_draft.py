@@ -69,6 +69,9 @@ def run(engine: Engine, adds: Sequence[Add]) -> tuple[dict[str, list[Output]], S
             outputs[output.id].append(output)
         for name in ("drafts", "drafted", "accepted", "generated", "preemptions"):
             setattr(total, name, getattr(total, name) + getattr(step.stats, name))
+        counts = step.stats.accepted_at
+        assert sum(counts) == step.stats.accepted
+        assert counts == sorted(counts, reverse=True)  # a token holds only where those before it do
         engine.blocks.check([request.table for request in engine.scheduler])
     assert engine.blocks.free == engine.blocks.count - 1
     return outputs, total
