@@ -127,17 +127,24 @@ def use_cores() -> int:
     return threads
 
 
+def half_on_cpu(*, whole: bool) -> torch.dtype:
+    """What a CPU is fast in, of halves: bfloat16, or float32 where its products are slow in that. The kernels, which
+    decoders use, widen bfloat16 as they read it: that is half the memory's work on any CPU with AVX2. whole: the model
+    reads its prompt as a whole, through torch.
+    """
+    widened = not whole and kernels.available() not in (None, "portable")
+    return torch.bfloat16 if widened or bf16_is_fast("cpu") else torch.float32
+
+
 def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str | None]:
-    """`auto` is the folder's dtype, but on a CPU its halves are what that is fast in: bfloat16, or float32 where there
-    are no instructions for it; so are the numbers of a GGUF file, whose precision is less than either's. The kernels,
-    which decoders use, widen bfloat16 as they read it: that is half the memory's work on any CPU with AVX2.
+    """`auto` is the folder's dtype, but on a CPU its halves are what that is fast in; so are the numbers of a GGUF
+    file, whose precision is less than either's.
     """
     if name != "auto":
         return DTYPES[name], None
     raw = {} if Path(folder).is_file() else _read_json(Path(folder) / "config.json")
     whole = bool(raw.get("is_encoder_decoder") or raw.get("prefix"))
-    widened = not whole and kernels.available() not in (None, "portable")
-    half = torch.bfloat16 if device == "cuda" or bf16_is_fast("cpu") or widened else torch.float32
+    half = torch.bfloat16 if device == "cuda" else half_on_cpu(whole=whole)
     if Path(folder).is_file():
         own = pretrained.own_dtype(folder)
         if own is torch.float32:
@@ -147,7 +154,7 @@ def choose_dtype(name: str, folder: str, device: str) -> tuple[torch.dtype, str 
     if device == "cpu" and own is not torch.float32 and half is torch.float32:
         return (
             torch.float32,
-            f"This CPU has no instructions for {str(own).removeprefix('torch.')}: the weights were widened to float32.",
+            f"This CPU is slow in {str(own).removeprefix('torch.')}: the weights were widened to float32.",
         )
     if device == "cpu" and own is torch.float16:
         return torch.bfloat16, "On a CPU float16 is slow: the weights were taken as bfloat16."

@@ -96,11 +96,17 @@ class Layers:
         self._bytes = max(one.bytes for one in maps)  # of scratch, a row
         self._scratch, self._kernel = scratch, kernels.call.heed_decode
 
-    def __call__(self, x: Tensor, table: Tensor | None, attend: PagedAttend, wanted: Tensor | None = None) -> Tensor:
-        """x [N, width], overwritten; table fp32 [N, 2, D], contiguous, or None -> what leaves the last block.
+    def __call__(
+        self, x: Tensor, table: Tensor | None, attend: PagedAttend, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, width], overwritten; table fp32 [N, 2, D], contiguous, or None -> what leaves the last block, and what
+        its attention gives, [N, H * D].
 
-        With wanted, int64 [M], it is computed for these rows alone, [M, width], and x is left as it enters that block.
+        With wanted, int64 [M], the first is computed for these rows alone, [M, width], and x is left as it enters that
+        block. Raises TypeError where the pages are of another dtype.
         """
+        if x.dtype is not attend.pages.dtype:
+            raise TypeError(f"Pages of {attend.pages.dtype} cannot take {x.dtype}.")
         rows = len(x)
         last = x if wanted is None else x.new_empty(len(wanted), x.shape[1])
         qkv, mixed, inner = (x.new_empty(rows, width) for width in (self._row, self._mixed, self._inner))
@@ -119,4 +125,4 @@ class Layers:
             -1 if wanted is None else len(wanted),
             last.data_ptr(),
         )
-        return last
+        return last, mixed

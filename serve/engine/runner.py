@@ -92,31 +92,41 @@ class PagedRunner:
         """See Runner."""
         caught_up: list[Share] = []
         counts: list[int] = []
-        wanted: list[int] = []
+        wanted: list[int] = []  # rows whose hidden states are asked for
+        final: list[int] = []  # of these, those that logits are for
+        prompts: list[tuple[Request, int, slice]] = []  # of these, those that prompts' probabilities are for
         end = 0
         for share in shares:
-            end += share.length
+            begin, end = end, end + share.length
+            count = 0
             if share.catches_up:
                 caught_up.append(share)
-                counts.append(share.start + share.length - share.request.known + 1)
-                wanted += range(end - counts[-1], end)
-        hidden, final = self._passed(shares, wanted, end)
-        logits = self.model.logits(final).float()
-        return Forward(caught_up, counts, logits, _broken(shares, hidden), self._prompt_logits(shares, hidden))
+                count = share.start + share.length - share.request.known + 1
+                counts.append(count)
+            first, last = _reported(share)
+            at = len(wanted)
+            if first < last:
+                prompts.append((share.request, first, slice(at + first - share.start, at + last - share.start)))
+            rows = range(begin if first < last else end - count, end)
+            wanted += rows
+            final += range(at + len(rows) - count, at + len(rows))
+        hidden, shown = self._passed(shares, wanted, end)
+        logits = self.model.logits(self._some(hidden, final)).float()
+        return Forward(caught_up, counts, logits, _broken(shares, shown), self._prompt_logits(prompts, hidden))
 
     def hidden(self, shares: Sequence[Share]) -> Tensor:
         """What the model makes of the tokens of the shares, [tokens, width]; good until the next call."""
         return self.model.hidden(*self._inputs(shares))
 
     def _passed(self, shares: Sequence[Share], wanted: list[int], tokens: int) -> tuple[Tensor, Tensor]:
-        """[tokens, width], no number where something is none, and `hidden` of the rows wanted; of all rows for both
-        where probabilities of prompts are asked for.
-        """
-        of_prompts = any(share.request.prompt_logprobs is not None for share in shares)
-        if isinstance(self.model, ServedLM) and len(wanted) < tokens and not of_prompts:
+        """`hidden` of the rows wanted, and of every row of the shares a number, finite if all of the row is."""
+        if isinstance(self.model, ServedLM) and len(wanted) < tokens:
             return self.model.hidden_of(self._tensor(wanted), *self._inputs(shares))
         hidden = self.hidden(shares)
-        return hidden, hidden if len(wanted) == tokens else hidden.index_select(0, self._tensor(wanted))
+        return self._some(hidden, wanted), hidden.sum(dim=-1, dtype=torch.float32)
+
+    def _some(self, rows: Tensor, wanted: list[int]) -> Tensor:
+        return rows if len(wanted) == len(rows) else rows.index_select(0, self._tensor(wanted))
 
     def _inputs(self, shares: Sequence[Share]) -> tuple[Tensor, Tensor, Attend]:
         tokens: list[int] = []
@@ -140,24 +150,28 @@ class PagedRunner:
         """See Runner."""
         self.pages.clear(blocks)
 
-    def _prompt_logits(self, shares: Sequence[Share], hidden: Tensor) -> Iterator[PromptLogits]:
-        row = 0
-        for request, start, count in shares:
-            if request.prompt_logprobs is not None:
-                # A preempted request computes its prompt again; what it has reported already is not asked for twice.
-                begin = max(start, len(request.prompt_logprobs) - 1)
-                end = min(start + count, len(request.prompt) - 1)
-                for first in range(begin, end, PROMPT_ROWS):
-                    rows = slice(row + first - start, row + min(first + PROMPT_ROWS, end) - start)
-                    yield PromptLogits(request, first, self.model.logits(hidden[rows]).float())
-            row += count
+    def _prompt_logits(self, prompts: Sequence[tuple[Request, int, slice]], hidden: Tensor) -> Iterator[PromptLogits]:
+        """prompts: of each a first position and the rows of hidden from there on."""
+        for request, first, rows in prompts:
+            for begin in range(rows.start, rows.stop, PROMPT_ROWS):
+                logits = self.model.logits(hidden[begin : min(begin + PROMPT_ROWS, rows.stop)])
+                yield PromptLogits(request, first + begin - rows.start, logits.float())
 
 
-def _broken(shares: Sequence[Share], hidden: Tensor) -> list[Request]:
-    """Requests of which a row of hidden [tokens, width] is no number. Not the last row alone: a layer that sees the
-    nearest positions alone need not have passed it on.
+def _reported(share: Share) -> tuple[int, int]:
+    """From which position to which before the share leaves probabilities of the prompt that are asked for."""
+    request = share.request
+    if request.prompt_logprobs is None:
+        return 0, 0
+    # A preempted request computes its prompt again; what it has reported already is not asked for twice.
+    return max(share.start, len(request.prompt_logprobs) - 1), min(share.start + share.length, len(request.prompt) - 1)
+
+
+def _broken(shares: Sequence[Share], shown: Tensor) -> list[Request]:
+    """Requests of which a row, each of which has a number in shown [tokens], is no number. Not the last row alone: a
+    layer that sees the nearest positions alone need not have passed it on.
     """
-    finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))
+    finite = torch.isfinite(shown)
     if bool(finite.all()):
         return []
     whole = finite.split([share.length for share in shares])

@@ -138,18 +138,21 @@ class ServedLM(DecoderLM):
         """As lm.decoder.DecoderLM; x [N, width] may be overwritten."""
         if self._layers is None or not isinstance(attend, PagedAttend):
             return super().through(x, table, attend)
-        return self._layers(x, table, attend)
+        return self._layers(x, table, attend)[0]
 
     def hidden_of(self, wanted: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Of all rows what shows whether something is no number, [N, width], and `hidden` of those wanted, int64 [M],
-        [M, width]. The last block is computed for these alone, where it can be.
+        """`hidden` of the rows wanted, int64 [M], as [M, width], and of every row a float32, [N], that is not finite
+        where something in the row is not. What follows the attention of the last block is computed for the rows wanted
+        alone, where it can be.
         """
         if self._layers is None or not isinstance(attend, PagedAttend):
             hidden = self.hidden(tokens, positions, attend)
-            return hidden, hidden.index_select(0, wanted)
+            return hidden.index_select(0, wanted), hidden.sum(dim=-1, dtype=torch.float32)
         x, table = self.embed(tokens, positions)
-        hidden = self.norm(self._layers(x, table, attend, wanted))
-        return x.index_copy_(0, wanted, hidden), hidden
+        last, mixed = self._layers(x, table, attend, wanted)
+        hidden = self.norm(last)
+        x.index_copy_(0, wanted, hidden)
+        return hidden, x.sum(dim=-1, dtype=torch.float32) + mixed.sum(dim=-1, dtype=torch.float32)
 
     @property
     def invariant(self) -> bool:

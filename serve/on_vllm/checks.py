@@ -11,7 +11,7 @@ import torch
 
 from lm import pretrained
 from lm.config import DecoderConfig
-from lm.linear import bf16_is_fast
+from serve.engine.build import half_on_cpu
 from serve.on_vllm.flags import CommandLine
 
 RELEASE = "0.32"
@@ -132,7 +132,7 @@ def _check_relative(path: Path, config: DecoderConfig) -> None:
 def serving_dtype(own: torch.dtype, device: str) -> str:
     """As the native engine chooses: the folder's dtype; on a CPU halves as bfloat16, or float32 where that is slow."""
     if device == "cpu" and own is not torch.float32:
-        own = torch.bfloat16 if bf16_is_fast("cpu") else torch.float32
+        own = half_on_cpu(whole=False)
     return str(own).removeprefix("torch.")
 
 

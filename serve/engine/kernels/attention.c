@@ -1,4 +1,4 @@
-// Attention over the paged KV cache: one call a layer for everything that is in the step.
+// Attention over the paged KV cache: one pass a layer for everything that is in the step.
 //
 // Keys of a layer are [kv heads, blocks, dim, size], so that a register holds one dimension of neighbouring keys;
 // values are [kv heads, blocks, size, dim]. `size` is a multiple of 16; 16 neighbouring keys are a cell.

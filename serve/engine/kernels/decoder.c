@@ -49,7 +49,7 @@ API void heed_decode(const Decoder *d, const Step *step, void *const *cells, voi
     if (rows == 0) return;
     const int64_t bytes = d->is_bf16 ? 2 : 4, stride = (d->heads + 2 * d->kv_heads) * d->dim;
     const char *k = (const char *)qkv + d->heads * d->dim * bytes, *v = k + d->kv_heads * d->dim * bytes;
-#pragma omp parallel if (rows * d->width * d->inner > 2 * WORTH_A_THREAD)
+#pragma omp parallel if (step->threads > 1 || rows * d->width * d->inner > 2 * WORTH_A_THREAD)
     for (int64_t i = 0; i < d->count; i++) {
         const Block *block = d->blocks + i;
         linear(d, block->qkv, x, NULL, qkv, rows, scratch);

@@ -1,8 +1,8 @@
 // Products of float or bf16 weights with rows, for any number of rows, with what stands before and after them in the
 // same call: the norm of the rows, bias, silu(gate) * up, residual.
 //
-// A number of the answer is one chain of multiply-adds over the inputs, in order (of bf16 on AVX512 over pairs of them,
-// as the processor's own instruction adds a pair), so that a row has the same bits whoever shares the product.
+// A number of the answer is one chain of multiply-adds over the inputs, in order (of bf16 over pairs of them, where the
+// processor's own instruction adds a pair), so that a row has the same bits whoever shares the product.
 //
 // Decoding few rows reads each weight once and multiplies it a few times: memory is the limit, so the weights lie as
 // they are read, and each is read once, by all rows together, while those of the next tile are fetched. Layout: blocks of

@@ -136,16 +136,46 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(
     config: DecoderConfig, name: str, numbers: tuple[torch.dtype, str | None], lengths: list[int]
 ) -> None:
     prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in lengths]
-    steps = [[(i, 0, length - 1) for i, length in enumerate(lengths) if length > 1]]
-    steps += [[(i, length - 1, 1) for i, length in enumerate(lengths)]]
+    # A step that asks for no row, one that asks for some, one that asks for all.
+    cut = [(i, 0, length - 1) for i, length in enumerate(lengths) if length > 1]
+    some = [(0, lengths[0] - 1, 1), *((i, 0, length - 1) for i, length in enumerate(lengths) if i and length > 1)]
+    rest = [(i, length - 1, 1) for i, length in enumerate(lengths)]
+    steps = [step for step in (cut, some, rest) if step]
     with variant(name):
         model = serve_model(in_dtype(made(config), numbers[0]), numbers[1])
-        together = logits(model, [step for step in steps if step], prompts)
+        together = [logits(model, steps[: i + 1], prompts) for i in range(len(steps))]
         model._layers = None
-        one_by_one = logits(model, [step for step in steps if step], prompts)
-    assert together.keys() == one_by_one.keys() == set(range(len(prompts)))
+        one_by_one = [logits(model, steps[: i + 1], prompts) for i in range(len(steps))]
+    assert together[-1].keys() == set(range(len(prompts)))
+    for found, right in zip(together, one_by_one, strict=True):
+        assert found.keys() == right.keys()
+        for i in found:
+            assert torch.equal(found[i], right[i])
+
+
+@pytest.mark.skipif(not VARIANTS, reason="the kernels are not compiled")
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("numbers", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_team_of_threads_finds_what_one_finds(
+    name: str, numbers: tuple[torch.dtype, str | None], threads: int
+) -> None:
+    config = replace(CONFIG, width=192, head_dim=32, mlp_width=512, qk_norm=True)
+    prompts = [list(range(i, i + 40)) for i in range(5)]
+    steps = [[(i, 0, 39) for i in range(4)], [(0, 39, 1), (1, 39, 1), (4, 0, 40)], [(2, 39, 1)], [(3, 39, 1)]]
+    before = torch.get_num_threads()
+    with variant(name):
+        model = serve_model(in_dtype(made(config), numbers[0]), numbers[1])
+        try:
+            torch.set_num_threads(1)
+            alone = logits(model, steps, prompts)
+            torch.set_num_threads(threads)
+            together = logits(model, steps, prompts)
+        finally:
+            torch.set_num_threads(before)
+    assert alone.keys() == together.keys() == set(range(5))
     for i, found in together.items():
-        assert torch.equal(found, one_by_one[i])
+        assert torch.equal(found, alone[i])
 
 
 @pytest.mark.skipif(not VARIANTS, reason="the kernels are not compiled")
@@ -208,16 +238,46 @@ def test_a_draft_has_logits_after_each_of_its_tokens() -> None:
         assert torch.equal(forward.logits[drafted], logits(model, [[(0, 0, len(sequence))]], [sequence])[0])
 
 
-@pytest.mark.parametrize("where", ["first", "last"])
-def test_what_is_no_number_is_seen_in_whichever_block_it_arises(where: str) -> None:
+@pytest.mark.skipif(kernels.available() is None, reason="the kernels are not compiled")
+@pytest.mark.parametrize(("layer", "of"), [(0, "mlp.down_proj"), (-1, "mlp.down_proj"), (-1, "self_attn.v_proj")])
+def test_what_is_no_number_is_seen_wherever_it_arises(layer: int, of: str) -> None:
     model = made(CONFIG)
     with torch.no_grad():
-        model.layers[0 if where == "first" else -1].mlp.down_proj.weight.fill_(torch.inf)
+        model.layers[layer].get_submodule(of).weight.fill_(torch.inf)
     served = serve_model(model)
     runner = PagedRunner(served, Pages.of(served, blocks=6, size=16))
     request = Request(id="a", prompt=list(range(20)), params=SamplingParams())
     request.table = [1, 2]
     with torch.inference_mode():
         assert runner.run([Share(request, 0, 20)]).broken == [request]
-        broken = runner.run([Share(request, 0, 12)]).broken  # of which no row is asked for
-    assert broken == ([request] if where == "first" else [])
+        unasked = runner.run([Share(request, 0, 12)]).broken
+    # Of rows that nobody asks for, what the last attention has left in the cache is all that is computed.
+    assert unasked == ([] if (layer, of) == (-1, "mlp.down_proj") else [request])
+
+
+@pytest.mark.skipif(kernels.available() is None, reason="the kernels are not compiled")
+def test_company_breaks_nobody() -> None:
+    model = made(CONFIG)
+    with torch.no_grad():  # token 7 alone has something in channel 0, of which the last MLP makes what is no number
+        model.embed_tokens.weight[:, 0] = 0
+        model.embed_tokens.weight[7, 0] = 100
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        model.layers[-1].post_attention_layernorm.weight[0] = 1e30
+    served = serve_model(model)
+
+    def broken(own: list | None, others: list | None) -> list[str]:
+        """own, others: the probabilities of their prompts so far, None where they are not asked for."""
+        runner = PagedRunner(served, Pages.of(served, blocks=6, size=16))
+        requests = []
+        for i, (prompt, found) in enumerate([([1, 2, 7, 3, 4, 5], own), ([9, 10, 11], others)]):
+            requests.append(Request(id=f"{i}", prompt=prompt, params=SamplingParams(), table=[1 + i]))
+            requests[-1].prompt_logprobs = found
+        with torch.inference_mode():
+            forward = runner.run([Share(request, 0, len(request.prompt)) for request in requests])
+            rows = [prompt.logits.shape[0] for prompt in forward.prompts]
+        assert rows == [5] * (own is not None) + [2] * (others is not None)
+        return [request.id for request in forward.broken]
+
+    assert broken([], None) == ["0"]  # the row is asked for
+    assert broken(None, None) == broken(None, []) == []
