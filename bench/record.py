@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from lm.cpu import cpu_info
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WORK = ROOT / ".cache" / "bench"  # runs and peers' files; may be deleted
@@ -28,8 +30,8 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    isa = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    flags = cpu_info("flags").split()
+    isa = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return f"{device_name(torch.device('cpu'))}, {cores()} cores ({', '.join(isa)}), torch {torch.__version__}"
 
 

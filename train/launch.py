@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from lm.cpu import cpu_info
 from lm.linear import bf16_is_fast
 from train import preflight
 from train.config import Recipe, RecipeError, check_launch
@@ -188,11 +189,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's, for the log and for the peak that MFU is a share of."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def memory_gib(device: torch.device) -> float:

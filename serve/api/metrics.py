@@ -120,9 +120,8 @@ class Metrics:
         self._drafts: tuple[Counter, ...] = ()
         self._places: list[Counter] = []
         if speculative:
-            places = self._family(
-                *(Counter, "spec_decode_num_accepted_tokens_per_pos", "Accepted, by place in the draft.", "position")
-            )
+            name = "spec_decode_num_accepted_tokens_per_pos"
+            places = self._family(Counter, name, "Accepted tokens, by their place in the draft.", "position")
             self._places = [places.labels(*self._values, str(place)) for place in range(speculative)]
             self._drafts = (
                 counter("spec_decode_num_drafts", "Times that tokens were proposed."),

@@ -38,18 +38,16 @@ class ServedBlock(nn.Module):
         self.parts = [config.heads, config.kv, config.kv]
         self.dim = config.dim
         self.rotate = Rotation(block.self_attn, config.heads, config.kv, block.rotates, kernels)
-        # Where silu(gate) * up is part of the product there is no activation after it.
-        self.activation: Activation | None = Activation(config.activation, config.inner, kernels)
         self.qkv: Into
         self.o: Onto
         self.inner: Into
         self.down: Onto
-        if kernels is None:
-            self.qkv, self.o, self.inner, self.down = _plain_maps(block, config)
-        else:
-            self.qkv, self.o, self.inner, self.down = _fused_maps(block, config, kernels, scratch, int8)
-            if config.activation == "swiglu":
-                self.activation = None
+        self.qkv, self.o, self.inner, self.down = (
+            _plain_maps(block, config) if kernels is None else _fused_maps(block, config, kernels, scratch, int8)
+        )
+        # With kernels silu(gate) * up is part of the product, and there is no activation after it.
+        within = kernels is not None and config.activation == "swiglu"
+        self.activation = None if within else Activation(config.activation, config.inner, kernels)
 
     def forward(self, x: Tensor, table: Tensor | None, attend: Attend) -> Tensor:
         """As lm.decoder.Block: x [..., width], contiguous; table [..., 2, D] or None."""

@@ -228,8 +228,8 @@ static void many_rows(const FloatMap *map, const char *numbers, const void *resi
             const int count = (int)((rows - row) / (tiles - tile));  // even tiles: 8 rows are 4 and 4
             const int64_t from = (tile - 1) * bytes * steps;
             const int fetching = tile > 0 && from < size && block + vectors < end;
-            sum_any_tile(weight, numbers + row * steps * bytes_of_numbers(is_bf16), steps, count, vectors, is_bf16, sums, weight + size + from,
-                         fetching ? bytes : 0);
+            sum_any_tile(weight, numbers + row * steps * bytes_of_numbers(is_bf16), steps, count, vectors, is_bf16, sums,
+                         weight + size + from, fetching ? bytes : 0);
             finish_tile(map, sums, residual, out, row, count, block, vectors);
             row += count;
         }
