@@ -213,12 +213,17 @@ def main() -> int:
         print(failure[:300])
     if not tally.failures:
         shutil.rmtree(SCRATCH)
-    if options.minutes is not None and not options.schemathesis:
-        record(tally, minutes, before, after, f"python -m bench.fuzz --minutes {options.minutes:g}")
+    if options.schemathesis:
+        command = f"python -m bench.fuzz --schemathesis {options.schemathesis}"
+        record("fuzz-schemathesis", "Calls that schemathesis makes of /openapi.json.", tally, minutes, {}, command)
+    elif options.minutes is not None:
+        memory = {"MiB after 2,000 calls": before, "MiB at the end": after}
+        command = f"python -m bench.fuzz --minutes {options.minutes:g}"
+        record("fuzz", "Mutated requests, raw bytes and odd heads, on a tiny model.", tally, minutes, memory, command)
     return 1 if tally.failures else 0
 
 
-def record(tally: Tally, minutes: float, before: float, after: float, command: str) -> None:
+def record(name: str, note: str, tally: Tally, minutes: float, memory: dict[str, float], command: str) -> None:
     row = {
         "minutes": minutes,
         "calls": tally.calls,
@@ -230,16 +235,15 @@ def record(tally: Tally, minutes: float, before: float, after: float, command: s
         "no answer": tally.statuses["no answer"],
         "client left": tally.statuses["left"],
         "failures": len(tally.failures),
-        "MiB after 2,000 calls": before,
-        "MiB at the end": after,
+        **memory,
     }
     save_table(
-        "fuzz",
+        name,
         "what anybody may send",
         command,
         list(row),
         [row],
-        note="Mutated requests, raw bytes and odd heads, on a tiny model.",
+        note=note,
         statuses=dict(tally.statuses),
         slowest_seconds=tally.slowest,
         failures=tally.failures[:100],

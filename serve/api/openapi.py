@@ -58,7 +58,10 @@ COMPLETION = _object(object=_one("text_completion"), choices=_list(COMPLETION_CH
 CHAT = _object(object=_one("chat.completion"), choices=_list(CHAT_CHOICE), usage=USAGE, **HEAD)
 CARD = _object(id=TEXT, object=_one("model"), created=COUNT, owned_by=TEXT, root=TEXT, max_model_len=COUNT)
 TOKENS = _object(count=COUNT, max_model_len=COUNT, tokens=_list(COUNT), token_strs=_maybe(_list(TEXT)))
-STREAM = {"text/event-stream": {"schema": TEXT}}
+# No type: what reads schemas takes it for the body's, or for that of each event.
+STREAM = {
+    "text/event-stream": {"schema": {"description": "Server-sent events, each with a chunk of the answer as JSON."}}
+}
 
 # What each route answers where all goes well: JSON, or also a stream, or text.
 JSON: dict[str, Schema] = {
@@ -134,7 +137,8 @@ def _complete(path: str, operation: Schema) -> None:
     if path in OPEN:
         operation["responses"]["503"] = {"description": "No: the engine is dead, or the server is shutting down."}
         return
-    form = "AnthropicError" if path.startswith("/v1/messages") else "Error"
-    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{form}"}}}
+    # What is no request of the route is refused in one form on all routes.
+    forms = ("AnthropicError", "Error") if path.startswith("/v1/messages") else ("Error",)
+    error = {"application/json": {"schema": {"anyOf": [{"$ref": f"#/components/schemas/{form}"} for form in forms]}}}
     operation["responses"] |= {status: {"description": said, "content": error} for status, said in ERRORS.items()}
     operation["security"] = [{"key": []}]
