@@ -205,8 +205,9 @@ def main() -> int:
         served.end(tally)
     minutes = (time.monotonic() - began) / 60
     print(
-        f"{tally.calls} calls in {minutes:.1f} minutes, the slowest {tally.slowest:.1f} s: "
-        f"{dict(sorted(tally.statuses.items()))}"
+        f"{tally.calls} calls in {minutes:.1f} minutes"
+        + (f", the slowest {tally.slowest:.1f} s" if tally.slowest else "")
+        + f": {dict(sorted(tally.statuses.items()))}"
     )
     print(f"{len(tally.failures)} failures" + (f" -> {SCRATCH / 'failures'}" if tally.failures else ""))
     for failure in tally.failures[:10]:
@@ -245,7 +246,7 @@ def record(name: str, note: str, tally: Tally, minutes: float, memory: dict[str,
         [row],
         note=note,
         statuses=dict(tally.statuses),
-        slowest_seconds=tally.slowest,
+        slowest_seconds=tally.slowest or None,  # schemathesis does not tell
         failures=tally.failures[:100],
     )
 
