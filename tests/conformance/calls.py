@@ -79,17 +79,6 @@ FREE: dict[str, dict[str, Any]] = {
     "none": {"tool_choice": "none", "max_tokens": 8},
     "auto, none is made": {"tool_choice": "auto", "max_tokens": 8},
 }
-HAVE_TO: dict[str, dict[str, Any]] = {  # a call that the form forces, after a thought that ends at once
-    "required": {"tool_choice": "required"},
-    "required, one tool": {"tool_choice": "required", "tools": [WEATHER]},
-    "required, cut short": {"tool_choice": "required", "max_tokens": 6},
-    "named": {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
-    "named, without parameters": {"tool_choice": {"type": "function", "function": {"name": "clock"}}},
-    "named, one call": {
-        "tool_choice": {"type": "function", "function": {"name": "weather"}},
-        "parallel_tool_calls": False,
-    },
-}
 THOUGHTS: dict[str, dict[str, Any]] = {
     "never ended": {"max_tokens": 12},
     "ended": {"logit_bias": OPEN, "structured_outputs": {"choice": ["Rome is in Italy."]}},
@@ -104,7 +93,6 @@ CASES: list[Case] = [
         for name, fields in {
             **{name: {**TOOLS, **fields} for name, fields in FREE.items()},
             **{f"auto, {name}": {**TOOLS, **_writes(text)} for name, text in WRITTEN.items()},
-            **{name: {**TOOLS, "logit_bias": BIAS, **fields} for name, fields in HAVE_TO.items()},
             "a call, without tools": _writes(CALL),
             "a call, chosen to be none": {**TOOLS, "tool_choice": "none", **_writes(CALL)},
             **{f"thought, {name}": fields for name, fields in THOUGHTS.items()},
