@@ -6,7 +6,7 @@ German to English. Training text: each Multi30k pair once alone and once inside 
 models see sentences of up to some 50 words, as RNNsearch-50 did. One run gives the table (test_2016_flickr as it is)
 and the picture after figure 2 of arXiv 1409.0473: BLEU against the length of concatenated test sentences.
 A run that exists is continued or, if it is finished, used as it is: remove its folder where its recipe has changed.
-Speeds are measured afterwards, in turns.
+Speeds are measured afterwards, in turns. `--positions` makes another table, of the Transformer's positions alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.multi30k import RECIPES, Case, bleu, data, judged_loss, lines, read_metrics, train, translate
-from bench.record import ROOT, WORK, save_table, timed, train_command
+from bench.record import RESULTS, ROOT, WORK, save_table, timed, train_command
 
 SOURCE, TARGET = "de", "en"
 JOINED = 4  # sentences in the longest training text
@@ -162,23 +162,45 @@ def draw(curves: dict[str, list[float]]) -> None:
     figure.savefig(PICTURE, bbox_inches="tight", metadata={"Date": None})
 
 
+def compare_positions(files: dict[str, Path]) -> None:
+    """Trains the Transformers that tell positions otherwise, and writes their table. The sinusoids' row is that of the
+    table of architectures, or of a run that is here."""
+    sinusoids = next(case for case in CASES if case.model == "Transformer")
+    if is_trained(sinusoids, files):
+        rows, origin = [judge(sinusoids, files)], ""
+    else:
+        table = json.loads((RESULTS / "architectures.json").read_text(encoding="utf-8"))
+        rows = [row for row in table["rows"] if row["model"] == sinusoids.model]
+        origin = f" The row of sinusoids is from the table above ({table['machine']})."
+    rows += [judge(case, files) for case in POSITIONS]
+    for row, kind in zip(rows, ("sinusoidal", "learned", "none"), strict=True):
+        row["positions"] = kind
+    columns = ("positions", *COLUMNS[1:5])
+    shown = [{column: row[column] for column in columns} for row in rows]
+    note = f"The Transformer, data and target tokens as in the table above, one seed.{origin}"
+    save_table("positions", "Positions", "python -m bench.architectures --positions", columns, shown, note=note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each speed (default 5)")
     parser.add_argument("--only", help="train the one model of this name, such as RNNsearch; writes no result")
-    parser.add_argument("--positions", action="store_true", help="also the rows for other positions")
+    parser.add_argument("--positions", action="store_true", help="the table of the Transformer's positions alone")
     parser.add_argument("--trained", action="store_true", help="train nothing: the table of the trained ones")
     options = parser.parse_args()
     data()
     files = concatenated(WORK / "architectures" / "text")
-    cases = [*CASES, *(POSITIONS if options.positions else ())]
+    cases = list(CASES)
     if options.only:
         for case in [*CASES, *POSITIONS]:
             if case.model == options.only:
                 judge(case, files)
         return
+    if options.positions:
+        compare_positions(files)
+        return
     if options.trained:
-        cases = [case for case in [*CASES, *POSITIONS] if is_trained(case, files)]
+        cases = [case for case in CASES if is_trained(case, files)]
     rows = {case.model: judge(case, files) for case in cases}
     buckets = by_length()
     curves = {
@@ -187,7 +209,6 @@ def main() -> None:
             for sources, references in buckets.values()
         ]
         for case in cases
-        if case in CASES
     }
     sources = lines("test_2016_flickr", SOURCE)[:200]
     speeds: dict[str, dict[str, list[float]]] = {case.model: {"training": [], "decoding": []} for case in cases}
