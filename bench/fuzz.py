@@ -1,7 +1,7 @@
 """What anybody may send: mutations of valid requests, raw bytes and odd heads, against a real server of a tiny model.
 
     make fuzz                       # 20,000 calls
-    python -m bench.fuzz --minutes 60
+    python -m bench.fuzz --minutes 60 --record      # the figures of docs/clients.md
 
 No call may be answered 500, or not at all, and the server must be there at the end. 503 comes of the queue alone. With
 --schemathesis the calls are those that schemathesis (of the clients' environment, `make test-clients`) makes of
@@ -182,10 +182,11 @@ def by_schema(served: Served, tally: Tally, examples: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
-    parser.add_argument("--minutes", type=float, help="go on for so long, however many calls that is, and record it")
+    parser.add_argument("--minutes", type=float, help="go on for so long, however many calls that is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8, help="connections")
     parser.add_argument("--schemathesis", type=int, metavar="EXAMPLES", help="calls of schemathesis, so many a route")
+    parser.add_argument("--record", action="store_true", help="write the result into bench/results")
     options = parser.parse_args()
     shutil.rmtree(SCRATCH, ignore_errors=True)
     SCRATCH.mkdir(parents=True)
@@ -214,14 +215,19 @@ def main() -> int:
         print(failure[:300])
     if not tally.failures:
         shutil.rmtree(SCRATCH)
-    if options.schemathesis:
-        command = f"python -m bench.fuzz --schemathesis {options.schemathesis}"
-        record("fuzz-schemathesis", "Calls that schemathesis makes of /openapi.json.", tally, minutes, {}, command)
-    elif options.minutes is not None:
-        memory = {"MiB after 2,000 calls": before, "MiB at the end": after}
-        command = f"python -m bench.fuzz --minutes {options.minutes:g}"
-        record("fuzz", "Mutated requests, raw bytes and odd heads, on a tiny model.", tally, minutes, memory, command)
+    if options.record:
+        keep(options, tally, minutes, {"MiB after 2,000 calls": before, "MiB at the end": after})
     return 1 if tally.failures else 0
+
+
+def keep(options: argparse.Namespace, tally: Tally, minutes: float, memory: dict[str, float]) -> None:
+    if options.schemathesis:
+        command = f"python -m bench.fuzz --schemathesis {options.schemathesis} --record"
+        record("fuzz-schemathesis", "Calls that schemathesis makes of /openapi.json.", tally, minutes, {}, command)
+    else:
+        length = f"--calls {options.calls}" if options.minutes is None else f"--minutes {options.minutes:g}"
+        command = f"python -m bench.fuzz {length} --record"
+        record("fuzz", "Mutated requests, raw bytes and odd heads, on a tiny model.", tally, minutes, memory, command)
 
 
 def record(name: str, note: str, tally: Tally, minutes: float, memory: dict[str, float], command: str) -> None:
