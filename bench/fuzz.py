@@ -40,7 +40,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 EXPECTED = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "4xx", "501", "503"]\n'
 PATIENCE = 60.0  # seconds that an answer may take
-FLAGS = ["--max-num-queued-reqs", "256", "--kv-cache-memory-bytes", "32M", "--enable-tokenizer-info-endpoint"]
+FLAGS = ["--max-num-queued-reqs", "384", "--kv-cache-memory-bytes", "32M", "--enable-tokenizer-info-endpoint"]
 FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GREEDY_BELOW = 1e-5  # a temperature this small means: the most likely token
 MAX_LOGPROB_TOKEN_IDS = 128
 
 
@@ -53,7 +52,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0  # below 1e-5: greedy
+    temperature: float = 1.0  # 0: the most likely token, greedy
     top_p: float = 1.0  # the smallest set of tokens whose mass reaches it
     top_k: int = 0  # 0 or -1: off
     min_p: float = 0.0  # a token needs this share of the likeliest one's probability
@@ -126,7 +125,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
+        return self.temperature == 0
 
     @property
     def filters(self) -> bool:

@@ -18,7 +18,7 @@ from lm.greatest import argmax, greatest
 from lm.params import SamplingParams
 from lm.upload import upload
 
-LOWEST_TEMPERATURE = 1e-2  # a smaller one, if it is not greedy, is raised to this
+LOWEST_TEMPERATURE = 1e-2  # a smaller one, if it is not 0, is raised to this, as in vLLM
 SHORTLIST = 64
 BLOCK = 256  # tokens whose probabilities are summed up before one of them is looked for
 CELLS = 800_000  # logits that a CPU works on at a time: what fits a core's cache

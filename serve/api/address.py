@@ -57,17 +57,28 @@ def bind_unix(path: str) -> socket.socket:
     return bound
 
 
-def check_certificate(certificate: str | None, key: str | None) -> None:
+def check_certificate(certificate: str | None, key: str | None, authorities: str | None, ciphers: str | None) -> None:
     """Raises StartError unless TLS can be spoken with what is given; where nothing is, there is none to be spoken."""
     if certificate is None:
         return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, _no_password)
+        context.load_cert_chain(certificate, key, _no_password)
     except OSError as error:  # SSLError is one
         beside = "" if key is None else f" with --ssl-keyfile {key}"
         raise StartError(
             f"--ssl-certfile {certificate}{beside} cannot be used: {error.strerror or error}.", 2
         ) from None
+    try:
+        if authorities is not None:
+            context.load_verify_locations(authorities)
+    except OSError as error:
+        raise StartError(f"--ssl-ca-certs {authorities} cannot be used: {error.strerror or error}.", 2) from None
+    try:
+        if ciphers is not None:
+            context.set_ciphers(ciphers)
+    except ssl.SSLError as error:
+        raise StartError(f"--ssl-ciphers {ciphers} cannot be used: {error.args[0]}.", 2) from None
 
 
 def _no_password() -> str:

@@ -162,7 +162,7 @@ class Answer(ABC):
                     continue
                 fields = {"choices": [delta]}
                 if output.finish_reason is not None and not usage:
-                    fields["system_fingerprint"] = self.fingerprint
+                    fields |= self._signed()
                 yield self._chunk(fields, choice, continuous)
         except ServeError as error:
             yield error_body(error)
@@ -172,7 +172,14 @@ class Answer(ABC):
             yield error_body(GenerationFailed("The server failed to handle this request; its log says why."))
             return
         if usage:
-            yield self._head() | {"choices": [], "usage": self.usage(), "system_fingerprint": self.fingerprint}
+            total = self.usage()
+            if self.prompt_details:  # a chunk has no nulls here
+                total["prompt_tokens_details"] = {"cached_tokens": total["prompt_tokens_details"]["cached_tokens"]}
+            yield self._head() | {"choices": [], "usage": total} | self._signed()
+
+    def _signed(self) -> dict[str, Any]:
+        """The fingerprint as a stream ends with it."""
+        return {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model_name}

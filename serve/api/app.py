@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lm import __version__
-from serve.api import batch, conversation, errors, further, messages, openapi, responses, validation
+from serve.api import batch, conversation, errors, further, messages, openapi, responses, sampling, validation
 from serve.api.chat import ChatAnswer
 from serve.api.client import EngineClient
 from serve.api.completions import CompletionAnswer
@@ -134,6 +134,7 @@ def create_app(
     @app.post("/tokenize", dependencies=[Depends(only_json)])
     async def tokenize(body: TokenizeEither) -> Response:
         model.check_name(body.model)
+        sampling.refuse_fields(body)
         text = body.prompt if isinstance(body, TokenizeRequest) else await conversation.render(body, model)
         ids = await encode(text, model.tokenizer, add_special_tokens=body.add_special_tokens)
         strings = [model.tokenizer.inner.id_to_token(id) for id in ids] if body.return_token_strs else None

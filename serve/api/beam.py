@@ -55,6 +55,7 @@ def params(
             length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
             ignore_eos=body.ignore_eos,
             include_stop_str_in_output=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
             logprobs=logprobs,
         )
     except ValueError as error:

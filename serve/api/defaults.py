@@ -10,7 +10,10 @@ from typing import Any
 from lm.params import SamplingParams
 from serve.api.client import EngineFailed
 
-TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+TAKEN = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 LONGEST = "max_new_tokens"
 
 

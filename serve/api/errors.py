@@ -47,7 +47,7 @@ STATUS: dict[type[ServeError], tuple[HTTPStatus, str]] = {
     BodyTooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestEntityTooLarge"),
     HeadTooLarge: (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "RequestHeaderFieldsTooLarge"),
     NotBuilt: (HTTPStatus.NOT_IMPLEMENTED, "NotImplementedError"),
-    Overloaded: (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
+    Overloaded: (HTTPStatus.SERVICE_UNAVAILABLE, "Service Unavailable"),
     GenerationFailed: (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"),
     EngineDead: (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"),
 }

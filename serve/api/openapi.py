@@ -88,12 +88,11 @@ PLAIN = ("/metrics",)
 ERRORS = {
     "400": "The request asks for something impossible, or is no request of this route.",
     "401": "There is no API key, or a wrong one.",
-    "403": "What is asked for is switched off here.",
+    "403": "What is asked for is switched off here, or the Host header names another server.",
     "404": "The model, or what the path names, does not exist.",
     "405": "The route has other methods.",
     "408": "The request did not come as a whole in time.",
     "413": "The body is larger than --max-body-bytes.",
-    "421": "The Host header names another server.",
     "431": "The request's line and headers are larger than may be.",
     "500": "The server failed.",
     "501": "This server does not have what is asked for.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lm.tokenizer import Tokenizer
@@ -47,8 +49,40 @@ async def of_text(
     text: str, body: GenerationRequest, model: Model, *, special: bool, aside: bool = False, param: str = "prompt"
 ) -> Prompt:
     """The prompt that a text is, cut where the request says so. Raises InvalidRequest naming the field `param`."""
+    if len(text) >= LONG_TEXT and body.truncate_prompt_tokens is None:
+        await _check_characters(text, model)
     ids = await encode(text, model.tokenizer, add_special_tokens=special, aside=aside)
     return _fitted(ids, text, body, model, param=param)
+
+
+async def _check_characters(text: str, model: Model) -> None:
+    """Raises InvalidRequest for a text that is too long however few tokens it has: it is not even tokenized."""
+    longest = await asyncio.to_thread(longest_token, model.tokenizer)
+    most = model.max_model_len * (longest or len(text))
+    if len(text) > most:
+        raise InvalidRequest(
+            f"This model's maximum context length is {model.max_model_len} tokens. However, your prompt contains "
+            f"{len(text)} characters (more than {most} characters, which is the upper bound for "
+            f"{model.max_model_len} input tokens). Please reduce the length of the input prompt.",
+            "input_text",
+        )
+
+
+@lru_cache(maxsize=1)
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """How many characters a token of a byte-level BPE stands for, at most. None of other tokenizers, and where some
+    characters may be dropped.
+    """
+    state = json.loads(tokenizer.inner.to_str())
+    before = state["pre_tokenizer"] or {}
+    parts = before.get("pretokenizers", [before])
+    bytewise = any(part.get("type") == "ByteLevel" for part in parts) and state["model"]["type"] == "BPE"
+    dropped = any(part.get("behavior") == "Removed" or "Whitespace" in part.get("type", "") for part in parts)
+    stripped = any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"])
+    if not bytewise or dropped or stripped or state["normalizer"] is not None:
+        return None
+    # A byte-level vocabulary writes each byte as a character, so that this is more, if anything.
+    return max(map(len, tokenizer.inner.get_vocab(with_added_tokens=True)), default=None)
 
 
 def _fitted(
@@ -95,10 +129,16 @@ def _truncate(ids: list[int], body: GenerationRequest, model: Model) -> list[int
             "Please, select a smaller truncation size.",
             "truncate_prompt_tokens",
         )
-    if wanted == 0:
+    length = _longest(body, model) if wanted == -1 else wanted
+    if length == 0:
         return []
-    length = model.max_model_len if wanted == -1 else wanted
     return ids[:length] if body.truncation_side == "right" else ids[-length:]
+
+
+def _longest(body: GenerationRequest, model: Model) -> int:
+    """Tokens of the longest prompt that leaves room for an answer, where one is wanted."""
+    nothing = isinstance(body, CompletionRequest) and bool(body.echo) and body.max_tokens == 0
+    return model.max_model_len - (0 if nothing or model.room(model.max_model_len) else 1)
 
 
 async def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool, aside: bool = False) -> list[int]:

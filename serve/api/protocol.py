@@ -57,8 +57,8 @@ class GenerationRequest(Body):
     top_p: float | None = None
     top_k: Int64 | None = None
     min_p: float | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: Int64 | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
@@ -155,6 +155,10 @@ class Conversation(Body):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    # Known and refused where set: see sampling.REFUSED.
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, dict[str, Any]] | None = None
 
 
 class ChatRequest(GenerationRequest, Conversation):

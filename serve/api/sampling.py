@@ -8,7 +8,7 @@ from typing import Any
 
 from lm.params import RepetitionDetectionParams, SamplingParams
 from serve.api.model import Model
-from serve.api.protocol import GenerationRequest
+from serve.api.protocol import Body, GenerationRequest
 from serve.engine.bad_words import spellings
 from serve.errors import InvalidRequest
 
@@ -22,14 +22,21 @@ REFUSED = {
     "suffix": "suffix is only supported for models with FIM completion rendering",
     "prompt_embeds": "prompt_embeds is not supported by this server; send text or token ids as prompt.",
     "kv_transfer_params": "kv_transfer_params is not supported by this server.",
+    "mm_processor_kwargs": "Per-request mm_processor_kwargs are disabled: this server reads text alone.",
+    "media_io_kwargs": "Per-request media_io_kwargs are disabled: this server reads text alone.",
 }
+
+
+def refuse_fields(body: Body) -> None:
+    """Raises InvalidRequest for a field that is set and not honoured."""
+    for name, sentence in REFUSED.items():
+        if getattr(body, name, None) not in (None, [], {}):
+            raise InvalidRequest(sentence, name)
 
 
 def refuse(body: GenerationRequest) -> None:
     """Raises InvalidRequest for what is asked and not honoured."""
-    for name, sentence in REFUSED.items():
-        if getattr(body, name, None) not in (None, [], {}):
-            raise InvalidRequest(sentence, name)
+    refuse_fields(body)
     if body.best_of is not None and body.best_of != body.n:
         raise InvalidRequest("best_of is not supported; ask for n sequences and choose among them.", "best_of")
 
@@ -65,8 +72,8 @@ def params(
         "top_k": _first(body.top_k, model.defaults.get("top_k"), 0),
         "min_p": _first(body.min_p, model.defaults.get("min_p"), 0.0),
         "repetition_penalty": _first(body.repetition_penalty, model.defaults.get("repetition_penalty"), 1.0),
-        "presence_penalty": _first(body.presence_penalty, 0.0),
-        "frequency_penalty": _first(body.frequency_penalty, 0.0),
+        "presence_penalty": _first(body.presence_penalty, model.defaults.get("presence_penalty"), 0.0),
+        "frequency_penalty": _first(body.frequency_penalty, model.defaults.get("frequency_penalty"), 0.0),
         "seed": None if body.seed == -1 else body.seed,
         "max_tokens": max_tokens,
         "min_tokens": body.min_tokens,

@@ -34,6 +34,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     uds: str | None = None  # a Unix socket, in place of both
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0  # ssl.CERT_NONE, CERT_OPTIONAL or CERT_REQUIRED
+    ssl_ciphers: str | None = None
     root_path: str = ""
     uvicorn_log_level: str = "warning"
     disable_uvicorn_access_log: bool = False
@@ -41,8 +44,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_tokenizer_info_endpoint: bool = False
     served_model_name: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
-    max_logprobs: int = 20
-    max_num_queued_reqs: int = 1024
+    max_logprobs: int = 20  # -1: all
+    max_num_queued_reqs: int = 1152  # sequences that run or wait
     max_num_queued_tokens: int | None = None  # of prompts; None: no limit of their own
     max_body_bytes: int = 8 << 20
     shutdown_timeout: float = 25.0
@@ -78,11 +81,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(server: ServerConfig, engine: EngineConfig) -> int:
     """Serves until a signal or the engine's death; the exit status. Raises StartError."""
-    address.check_certificate(server.ssl_certfile, server.ssl_keyfile)
+    address.check_certificate(server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certs, server.ssl_ciphers)
     bound = address.bind(server.host, server.port) if server.uds is None else address.bind_unix(server.uds)
-    client = EngineClient(
-        engine, engine.max_num_seqs + server.max_num_queued_reqs, waiting_tokens=server.max_num_queued_tokens
-    )
+    client = EngineClient(engine, server.max_num_queued_reqs, waiting_tokens=server.max_num_queued_tokens)
     client.launch()  # it loads torch while this process imports FastAPI
     import uvloop
 
@@ -194,9 +195,8 @@ class _Life:
             interval=config.stream_interval,
         )
         self._grammars = Grammars(tokenizer, ready.vocab_size, ready.eos_token_ids)
-        model = Model(
-            names, folder, ready, tokenizer, self._renderer, self._grammars, config.max_logprobs, defaults, flags
-        )
+        most = ready.vocab_size if config.max_logprobs == -1 else config.max_logprobs
+        model = Model(names, folder, ready, tokenizer, self._renderer, self._grammars, most, defaults, flags)
         app = create_app(
             model,
             self._client,
@@ -234,6 +234,9 @@ class _Life:
             access_log=not config.disable_uvicorn_access_log,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
+            ssl_ca_certs=config.ssl_ca_certs,
+            ssl_cert_reqs=config.ssl_cert_reqs,
+            ssl_ciphers=config.ssl_ciphers or "TLSv1",
             server_header=False,
             timeout_graceful_shutdown=LEAVING,
             backlog=2048,

@@ -76,6 +76,12 @@ def _of_format(given: ResponseFormat | None) -> dict[str, Any] | None:
                 "response_format",
             )
         return {"json": given.json_schema.schema_}
+    if "format" in (given.model_extra or {}):
+        raise InvalidRequest(
+            "response_format has a structural_tag with a 'format'; this server knows the older form, "
+            "with 'structures' and 'triggers'.",
+            "response_format",
+        )
     if given.structures is None or given.triggers is None:
         raise InvalidRequest("Invalid response_format structural_tag specification.", "response_format")
     return {"structural_tag": json.dumps({"structures": given.structures, "triggers": given.triggers})}

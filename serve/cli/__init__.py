@@ -73,6 +73,11 @@ def _configs(given: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
     flags: dict[str, Any] = vars(given)
     if given.ssl_keyfile is not None and given.ssl_certfile is None:
         raise UsageError("--ssl-keyfile needs --ssl-certfile, the certificate that it is the key of")
+    for name in ("ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"):
+        if flags[name] and given.ssl_certfile is None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --ssl-certfile, without which no TLS is spoken")
+    if given.ssl_cert_reqs and given.ssl_ca_certs is None:
+        raise UsageError("--ssl-cert-reqs needs --ssl-ca-certs, by which a client's certificate is checked")
     if (given.fingerprint_mode == "custom") != (given.fingerprint_value is not None):
         raise UsageError("--fingerprint-mode custom and --fingerprint-value TEXT need each other")
     if given.num_gpu_blocks_override is not None and given.kv_cache_memory_bytes is not None:
@@ -85,11 +90,26 @@ def _configs(given: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
         "prompt_lookup_max": proposals.longest,
         "prompt_lookup_min": proposals.shortest,
     }
+    if given.kv_cache_memory_bytes is None and given.num_gpu_blocks_override is None:
+        flags["kv_cache_memory_bytes"] = _cache_of_vllm(os.environ.get("VLLM_CPU_KVCACHE_SPACE", ""))
     flags["api_key"] = given.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     return (
         ServerConfig(**_fields(ServerConfig, flags)),
         EngineConfig(**_fields(EngineConfig, flags | speculation)),
     )
+
+
+def _cache_of_vllm(gibibytes: str) -> int | None:
+    """Bytes of cache that vLLM's variable asks for; None where it is not set, or 0. Raises UsageError."""
+    if not gibibytes:
+        return None
+    try:
+        value = float(gibibytes)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1 << 20:
+        raise UsageError(f"VLLM_CPU_KVCACHE_SPACE is {gibibytes!r} and must be a number of GiB")
+    return round(value * (1 << 30)) or None
 
 
 def _fields(config: Any, flags: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,17 @@ from argparse import _ArgumentGroup as Group
 
 from serve.api.reasoning import PARSERS as REASONING
 from serve.api.tool_parsers import PARSERS
-from serve.cli.types import integer, json_object
+from serve.cli.types import SWITCH, integer, json_object, logprobs
 
 
 def add(answers: Group) -> None:
     """Adds the flags; each is a field of ServerConfig under its name."""
-    answers.add_argument("--max-logprobs", type=integer(0), default=20, help="most logprobs that a request may ask for")
+    answers.add_argument(
+        "--max-logprobs",
+        type=logprobs,
+        default=20,
+        help="most logprobs that a request may ask for; -1: as many as there are tokens",
+    )
     answers.add_argument(
         "--generation-config",
         default="auto",
@@ -29,7 +34,10 @@ def add(answers: Group) -> None:
         help="Jinja template that makes a prompt of messages (default: the model's own)",
     )
     answers.add_argument(
-        "--trust-request-chat-template", action="store_true", help="accept a chat_template that comes with a request"
+        "--trust-request-chat-template",
+        action=SWITCH,
+        default=False,
+        help="accept a chat_template that comes with a request",
     )
     answers.add_argument(
         "--default-chat-template-kwargs",
@@ -38,7 +46,10 @@ def add(answers: Group) -> None:
         help="variables of the chat template, for requests that set no other value",
     )
     answers.add_argument(
-        "--enable-auto-tool-choice", action="store_true", help="the model may call tools; needs --tool-call-parser"
+        "--enable-auto-tool-choice",
+        action=SWITCH,
+        default=False,
+        help="the model may call tools; needs --tool-call-parser",
     )
     answers.add_argument("--tool-call-parser", choices=sorted(PARSERS), help="how the model writes a call of a tool")
     answers.add_argument(
@@ -47,14 +58,18 @@ def add(answers: Group) -> None:
     answers.add_argument("--response-role", default="assistant", metavar="ROLE", help="who speaks the answer of a chat")
     answers.add_argument(
         "--return-tokens-as-token-ids",
-        action="store_true",
+        action=SWITCH,
+        default=False,
         help='log-probabilities name tokens as "token_id:5", unless a request asks otherwise',
     )
     answers.add_argument(
-        "--enable-prompt-tokens-details", action="store_true", help="usage says how many prompt tokens were cached"
+        "--enable-prompt-tokens-details",
+        action=SWITCH,
+        default=False,
+        help="usage says how many prompt tokens were cached",
     )
     answers.add_argument(
-        "--enable-force-include-usage", action="store_true", help="every chunk of a stream has its usage"
+        "--enable-force-include-usage", action=SWITCH, default=False, help="every chunk of a stream has its usage"
     )
     answers.add_argument(
         "--stream-interval", type=integer(1), default=1, metavar="TOKENS", help="tokens in a chunk after the first"

@@ -23,8 +23,11 @@ ONLY = {
     ("--structured-outputs-config.backend",): ("auto", "guidance"),
     ("--long-prefill-token-threshold",): ("0",),
 }
-ALWAYS = ("--enable-chunked-prefill", "--enable-server-load-tracking")  # switches that cannot be off,
-EITHER = ("--enforce-eager", "--async-scheduling", "--trust-remote-code", "--disable-log-stats")  # and of no effect
+ALWAYS = ("--enable-chunked-prefill",)  # a switch that cannot be off,
+EITHER = (  # and those of no effect
+    *("--enforce-eager", "--async-scheduling", "--trust-remote-code", "--disable-log-stats"),
+    "--enable-server-load-tracking",
+)
 
 
 def add(group: Group) -> None:

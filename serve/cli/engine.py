@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import _ArgumentGroup as Group
 
-from serve.cli.types import integer, length, lookup
+from serve.cli.types import SWITCH, integer, length, lookup
 
 
 def add(engine: Group) -> None:
@@ -57,7 +57,8 @@ def add(engine: Group) -> None:
     )
     engine.add_argument(
         "--batch-invariant",
-        action="store_true",
+        action=SWITCH,
+        default=False,
         help="refuse to start where an answer might depend on the requests beside it",
     )
     engine.add_argument(

@@ -8,7 +8,7 @@ from argparse import _ArgumentGroup as Group
 from collections.abc import Sequence
 from typing import Any
 
-from serve.cli.types import integer, seconds
+from serve.cli.types import SWITCH, integer, seconds
 
 
 class Words(argparse.Action):
@@ -54,7 +54,7 @@ def add(guards: Group) -> None:
         guards.add_argument(
             name, nargs="+", action=Words, default=("*",), metavar="NAME", help=f"{what} that those pages may use"
         )
-    guards.add_argument("--allow-credentials", action="store_true", help="those pages may send cookies")
+    guards.add_argument("--allow-credentials", action=SWITCH, default=False, help="those pages may send cookies")
     guards.add_argument(
         "--client-timeout",
         type=seconds,
@@ -80,7 +80,8 @@ def add(guards: Group) -> None:
     )
     guards.add_argument(
         "--enable-request-id-headers",
-        action="store_true",
+        action=SWITCH,
+        default=False,
         help="answers have the header X-Request-Id: the request's own, or a new one",
     )
     guards.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import _ArgumentGroup as Group
 
-from serve.cli.types import integer, seconds
+from serve.cli.types import SWITCH, integer, seconds
 
 LEVELS = ["critical", "error", "warning", "info", "debug", "trace"]
 
@@ -16,6 +16,14 @@ def add(http: Group) -> None:
     http.add_argument("--uds", metavar="PATH", help="a Unix socket to bind in place of host and port")
     http.add_argument("--ssl-certfile", metavar="FILE", help="certificate (PEM): the server speaks HTTPS")
     http.add_argument("--ssl-keyfile", metavar="FILE", help="its key, where that is in a file of its own")
+    http.add_argument("--ssl-ca-certs", metavar="FILE", help="certificates (PEM) that those of clients are checked by")
+    http.add_argument(
+        "--ssl-cert-reqs",
+        type=integer(0, 2),
+        default=0,
+        help="whether a client needs a certificate: 0 no, 1 one that it shows is checked, 2 yes",
+    )
+    http.add_argument("--ssl-ciphers", metavar="LIST", help="for TLS up to 1.2, in OpenSSL's words")
     http.add_argument("--root-path", default="", metavar="PATH", help="the path under which a proxy shows this server")
     http.add_argument(
         "--served-model-name",
@@ -31,7 +39,10 @@ def add(http: Group) -> None:
         help="keys that open everything but /health, /ping and /live (default: $VLLM_API_KEY)",
     )
     http.add_argument(
-        "--max-num-queued-reqs", type=integer(0), default=1024, help="sequences that may wait; more are answered 503"
+        "--max-num-queued-reqs",
+        type=integer(1),
+        default=1152,
+        help="sequences that may run or wait at once; more are answered 503",
     )
     http.add_argument(
         "--max-num-queued-tokens",
@@ -43,12 +54,17 @@ def add(http: Group) -> None:
     http.add_argument(
         "--shutdown-timeout", type=seconds, default=25.0, help="seconds that running requests get on SIGTERM or Ctrl-C"
     )
-    http.add_argument("--enable-log-requests", action="store_true", help="one line a request: tokens, time, reason")
+    http.add_argument(
+        "--enable-log-requests", action=SWITCH, default=False, help="one line a request: tokens, time, reason"
+    )
     http.add_argument(
         "--uvicorn-log-level", choices=LEVELS, default="warning", help="from info on, each HTTP request is a line"
     )
-    http.add_argument("--disable-uvicorn-access-log", action="store_true", help="but not with this")
+    http.add_argument("--disable-uvicorn-access-log", action=SWITCH, default=False, help="but not with this")
     http.add_argument(
-        "--enable-tokenizer-info-endpoint", action="store_true", help="/tokenizer_info shows tokenizer_config.json"
+        "--enable-tokenizer-info-endpoint",
+        action=SWITCH,
+        default=False,
+        help="/tokenizer_info shows tokenizer_config.json",
     )
-    http.add_argument("--disable-fastapi-docs", action="store_true", help="no /docs, /redoc and /openapi.json")
+    http.add_argument("--disable-fastapi-docs", action=SWITCH, default=False, help="no /docs, /redoc and /openapi.json")

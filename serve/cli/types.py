@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+SWITCH = argparse.BooleanOptionalAction  # --name and --no-name, as every switch of vLLM has them
 SCALE = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -30,6 +31,11 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 def length(text: str) -> int | None:
     """An argparse type: a number of tokens, or `auto` (vLLM's -1, too): the model's, as far as memory allows."""
     return None if text in ("auto", "-1") else integer(2)(text)
+
+
+def logprobs(text: str) -> int:
+    """An argparse type: a number of logprobs, or -1: all."""
+    return -1 if text == "-1" else integer(0)(text)
 
 
 def seconds(text: str) -> float:

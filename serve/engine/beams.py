@@ -69,7 +69,8 @@ class Beams:
             tokens = list(hypothesis.ids)
             if hypothesis.end is not None and request.beam.include_stop_str_in_output:
                 tokens.append(hypothesis.end)
-            output = Output(id=id, text=tokenizer.decode(hypothesis.ids), tokens=tokens, timings=timings)
+            text = tokenizer.decode(hypothesis.ids, request.beam.skip_special_tokens)
+            output = Output(id=id, text=text, tokens=tokens, timings=timings)
             output.finish_reason = "length" if hypothesis.end is None else "stop"
             output.stop_reason = hypothesis.end
             output.cumulative_logprob = hypothesis.logprob

@@ -83,6 +83,7 @@ class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
     length_penalty: float = 1.0
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False  # whether EOS is one of the tokens
+    skip_special_tokens: bool = True  # in the texts
     logprobs: int | None = None  # how many alternatives beside each token
     temperature: float = 0.0  # of no effect, as in vLLM: sequences are ranked by the model's own probabilities
 

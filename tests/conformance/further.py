@@ -239,6 +239,7 @@ SCALE_OUT = [
         "/v1/messages/render",
         "/v1/responses/render",
         "/inference/v1/generate",
+        "/inference/v1/abort_requests",
     )
 ]
 

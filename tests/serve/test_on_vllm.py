@@ -137,7 +137,7 @@ def test_our_safer_defaults_are_said_and_yield() -> None:
     assert said == {
         "--host": ["127.0.0.1"],
         "--served-model-name": ["m"],
-        "--max-num-queued-reqs": ["1024"],
+        "--max-num-queued-reqs": ["1152"],
         "--shutdown-timeout": ["25"],
         "--dtype": ["float32"],
     }

@@ -46,7 +46,7 @@ def test_what_is_neither(server) -> None:
 @pytest.fixture(scope="module")
 def small(launching, folder, tmp_path_factory) -> Iterator[Any]:
     """With a key, and room for two sequences."""
-    flags = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--kv-cache-memory-bytes", "8M"]
+    flags = ["--max-num-seqs", "1", "--max-num-queued-reqs", "2", "--kv-cache-memory-bytes", "8M"]
     flags += ["--enable-tokenizer-info-endpoint"]
     log = tmp_path_factory.mktemp("log") / "serve.log"
     running = launching(folder, log, "--served-model-name", "tiny", "--api-key", "secret", *flags)
