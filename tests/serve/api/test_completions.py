@@ -301,6 +301,16 @@ def test_the_context_is_filled_and_no_more(server, tokenizer: Tokenizer) -> None
     assert left["choices"][0]["prompt_token_ids"] == [2, 3]
     fields = {"truncate_prompt_tokens": 2, "truncation_side": "right", "max_tokens": 1, "return_token_ids": True}
     assert server.complete(prompt=[1, 2, 3], **fields)["choices"][0]["prompt_token_ids"] == [1, 2]
+    longest = server.complete(prompt=[5] * 300, truncate_prompt_tokens=-1, max_tokens=9, ignore_eos=True)
+    assert (longest["usage"]["prompt_tokens"], longest["usage"]["completion_tokens"]) == (255, 1)
+    echoed = server.complete(prompt=[5] * 300, truncate_prompt_tokens=-1, max_tokens=0, echo=True)
+    assert echoed["usage"]["prompt_tokens"] == 256
+
+
+def test_a_small_temperature_is_raised_and_draws(server) -> None:
+    """As in vLLM: only 0 is greedy, so that several sequences may be asked for."""
+    body = server.complete(prompt="the fox", temperature=1e-6, n=2, seed=1, max_tokens=4, ignore_eos=True)
+    assert len(body["choices"]) == 2
 
 
 def test_ids_and_names(server) -> None:

@@ -138,7 +138,7 @@ def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory, launching):
     """A server with a key, little room, and a model_len that the cache made shorter."""
     log = tmp_path_factory.mktemp("log") / "guarded.log"
     flags = ["--api-key", "first-key", "second-key", "--max-body-bytes", "2000", "--max-num-seqs", "1"]
-    flags += ["--max-num-queued-reqs", "2", "--kv-cache-memory-bytes", "120000", "--enable-log-requests"]
+    flags += ["--max-num-queued-reqs", "3", "--kv-cache-memory-bytes", "120000", "--enable-log-requests"]
     running = launching(folder, log, *flags)
     yield running
     running.end()
@@ -195,7 +195,7 @@ def test_a_full_queue(guarded) -> None:
     for answer in full:
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == 503
+        assert (answer.json()["error"]["code"], answer.json()["error"]["type"]) == (503, "Service Unavailable")
     assert guarded.post("/v1/completions", json=fields, headers=KEY).status_code == 200
 
 

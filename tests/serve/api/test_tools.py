@@ -193,6 +193,11 @@ def test_openais_client_takes_it(calling) -> None:
             "You can only either use constraints for structured outputs or tools, not both.",
         ),
         ({"tools": [tool("f", x={"type": "nothing"})], "tool_choice": "required"}, "tools", "Grammar error: "),
+        (
+            {"tools": [tool("f", x={"type": "string", "pattern": "("})], "tool_choice": "required"},
+            "tools",
+            "Grammar error: ",
+        ),
         ({"tools": TOOLS, "use_beam_search": True, "n": 2}, "tools", "Calls of tools are not looked for in a beam"),
     ],
 )

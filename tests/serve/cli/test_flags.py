@@ -45,6 +45,26 @@ def test_every_flag_is_a_setting_and_every_setting_a_flag() -> None:
     assert engine == EngineConfig(folder="x")
 
 
+def test_a_switch_can_be_put_out_again(tmp_path: Path) -> None:
+    on = file(tmp_path, "enable-log-requests: true\nbatch-invariant: true\n")
+    server, engine = parse(["x", "--config", on, "--no-enable-log-requests", "--no-batch-invariant"])
+    assert (server.enable_log_requests, engine.batch_invariant) == (False, False)
+
+
+def test_the_cache_of_vllms_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert parse(["x"])[1].kv_cache_memory_bytes == 2 << 30
+    assert parse(["x", "--kv-cache-memory-bytes", "1M"])[1].kv_cache_memory_bytes == 1 << 20
+    assert parse(["x", "--num-gpu-blocks-override", "9"])[1].kv_cache_memory_bytes is None
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "much")
+    assert "VLLM_CPU_KVCACHE_SPACE is 'much' and must be a number of GiB" in refused(capsys, "x")
+
+
+def test_all_logprobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["x", "--max-logprobs", "-1"])[0].max_logprobs == -1
+    assert "'-2' is not a whole number of at least 0" in refused(capsys, "x", "--max-logprobs=-2")
+
+
 def test_underscores_and_equals_signs(tmp_path: Path) -> None:
     server, engine = parse(["x", "--max_num_seqs=4", "--served-model-name", "a_b", "--max-model-len", "32k"])
     assert (engine.max_num_seqs, engine.max_model_len, server.served_model_name) == (4, 32_000, ("a_b",))

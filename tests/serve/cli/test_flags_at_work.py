@@ -61,7 +61,8 @@ def local(launching, folder: Path, tokenizer: Tokenizer, tmp_path_factory: pytes
         "return-tokens-as-token-ids": True,
         "enable-force-include-usage": True,
         "stream-interval": 4,
-        "override-generation-config": {"temperature": 0.0, "max_new_tokens": 11},
+        "override-generation-config": {"temperature": 0.0, "max_new_tokens": 11, "frequency_penalty": 2.0},
+        "max-logprobs": -1,
         "fingerprint-mode": "custom",
         "fingerprint-value": "mine",
         "num-gpu-blocks-override": 12,
@@ -107,6 +108,14 @@ def test_sampling_defaults(local: Local) -> None:
     )
     assert first["choices"][0]["text"] == second["choices"][0]["text"] == greedy["choices"][0]["text"]
     assert first["usage"]["completion_tokens"] == 11
+    penalised = local.post("/v1/completions", **fields, frequency_penalty=2.0)
+    free = local.post("/v1/completions", **fields, frequency_penalty=0)
+    assert penalised["choices"][0]["text"] == first["choices"][0]["text"] != free["choices"][0]["text"]
+
+
+def test_as_many_logprobs_as_there_are_tokens(local: Local, tokenizer: Tokenizer) -> None:
+    body = local.post("/v1/completions", prompt="the", max_tokens=1, logprobs=100)
+    assert len(body["choices"][0]["logprobs"]["top_logprobs"][0]) >= 100
 
 
 def test_tokens_as_ids(local: Local) -> None:
@@ -191,6 +200,20 @@ def test_tls_under_a_path_without_a_description(start, certificate: tuple[Path, 
     assert '"POST /v1/completions HTTP/1.1" 200' in server.log.read_text()
 
 
+def test_a_client_has_to_show_a_certificate(start, certificate: tuple[Path, Path]) -> None:
+    """The server's own serves as a client's, and as the authority that has made it."""
+    own = [str(path) for path in certificate]
+    server = start("--ssl-certfile", own[0], "--ssl-keyfile", own[1], "--ssl-ca-certs", own[0], "--ssl-cert-reqs", "2")
+    unknown = ssl.create_default_context(cafile=own[0])
+    with httpx.Client(verify=unknown) as client, pytest.raises(httpx.TransportError):
+        client.get(f"https://127.0.0.1:{server.port}/health")
+    known = ssl.create_default_context(cafile=own[0])
+    known.load_cert_chain(*own)
+    with httpx.Client(verify=known) as client:
+        assert client.get(f"https://127.0.0.1:{server.port}/health").status_code == 200
+    server.end()
+
+
 def test_http_has_no_log_unless_asked_for(server) -> None:
     httpx.get(server.url + "/v1/models")
     assert "HTTP/1.1" not in server.log.read_text()
@@ -213,6 +236,9 @@ def test_what_cannot_be_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     assert "is there and no socket" in refused(str(folder), "--uds", str(tmp_path / "file"))
     assert "--ssl-certfile" in refused(str(folder), "--ssl-certfile", str(tmp_path / "file"))
     assert "--ssl-keyfile needs --ssl-certfile" in refused(str(folder), "--ssl-keyfile", str(tmp_path / "file"))
+    assert "--ssl-ca-certs needs --ssl-certfile" in refused(str(folder), "--ssl-ca-certs", str(tmp_path / "file"))
+    needed = [str(folder), "--ssl-certfile", str(tmp_path / "file"), "--ssl-cert-reqs", "2"]
+    assert "--ssl-cert-reqs needs --ssl-ca-certs" in refused(*needed)
     assert "both say how large the cache is" in refused(
         str(folder), "--num-gpu-blocks-override", "9", "--kv-cache-memory-bytes", "1M"
     )

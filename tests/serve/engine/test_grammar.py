@@ -21,7 +21,7 @@ from lm import DecoderLM, SamplingParams
 from lm.tokenizer import Tokenizer, train_bpe
 from serve.engine.draft import Speculation
 from serve.engine.engine import Engine
-from serve.engine.grammar import Grammars, Impossible, Rule
+from serve.engine.grammar import KEPT, Grammars, Impossible, Rule
 from serve.engine.masks import Masks
 from serve.engine.messages import Add, Constraint, Grammar, Output
 from serve.engine.requests import Request
@@ -189,6 +189,15 @@ def test_a_grammar_that_is_none_fails_its_own_requests_alone(model: DecoderLM, t
         assert outputs[id].impossible
         assert len((outputs[id].error or "").splitlines()) == 1
     assert obeys("date", outputs["date"].text)
+
+
+def test_compiled_grammars_do_not_pile_up(model: DecoderLM, tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, model.config.vocab_size, [])
+    for i in range(KEPT + 5):
+        grammars.learn(Grammar(f"{i}", f'start: "{i}"'))
+        grammars.learn(Grammar("0", 'start: "0"'))  # who is asked for again stays
+    assert len(grammars._compiled) == KEPT
+    assert grammars._compiled.keys() >= {"0", f"{KEPT + 4}"}
 
 
 def test_who_leaves_while_the_grammar_is_compiled_is_forgotten(model: DecoderLM, tokenizer: Tokenizer) -> None:
