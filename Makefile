@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-translate test test-browser test-router test-vllm test-clients test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams fuzz figures clean
+.PHONY: help install demo demo-translate test test-browser test-router test-vllm test-clients test-dashboard lint format bench-char bench-train bench-multi30k bench-architectures bench-positions bench-reverse bench-step-time bench-kernels bench-translate bench-start bench-serve bench-gpu-serve bench-checkpoint bench-kill bench-sampling bench-streams fuzz figures clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ bench-multi30k: $(STAMP) ## BLEU on Multi30k (HEED_MULTI30K=DIR, the data set; t
 	$(PY) -m bench.multi30k
 
 bench-architectures: $(STAMP) ## RNNencdec, RNNsearch, Transformer, causal and prefix LM side by side (HEED_MULTI30K=DIR; hours)
+	$(PY) -m bench.architectures
+
+bench-positions: $(STAMP) ## the Transformer with learned positions and with none, beside sinusoids (HEED_MULTI30K=DIR; hours)
 	$(PY) -m bench.architectures --positions
 
 bench-reverse: $(STAMP) ## reversal: exact outputs and true alignments of RNNsearch and the Transformer
@@ -140,6 +143,6 @@ fuzz: $(STAMP) ## 20,000 calls of what anybody may send, on a tiny model: no 500
 figures: $(STAMP) ## write the figures in README.md and docs/ anew from bench/results/
 	$(PY) scripts/figures.py
 
-clean: ## remove what was built and cached (runs/ and .venv stay)
-	rm -rf build dist *.egg-info serve/engine/kernels/*.so .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove what was built and cached (runs/ and .venv stay; the next command installs what it needs again)
+	rm -rf $(STAMP) build dist *.egg-info serve/engine/kernels/*.so .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

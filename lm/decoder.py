@@ -6,8 +6,9 @@ makes of each token alone (pre-norm):
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
 
-One forward serves every use: `hidden(tokens, positions, attend)`, where the policy `attend` knows the batch, the cache
-and the mask (lm/attention.py, lm/state.py, serve/engine). Modules carry the names that Llama's checkpoints use.
+One forward serves training and generation: `hidden(tokens, positions, attend)`, where the policy `attend` knows the
+batch, the cache and the mask (lm/attention.py, lm/state.py); serve/engine has it with pages, or as one call in C.
+Modules carry the names that Llama's checkpoints use.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def add(engine: Group) -> None:
         "--dtype",
         choices=["auto", "float32", "float", "bfloat16", "float16", "half"],
         default="auto",
-        help="auto: the folder's; on a CPU halves and GGUF files as bfloat16 where it is fast in that, else as float32",
+        help="auto: the folder's; on a CPU halves and GGUF files as bfloat16 where kernels have AVX2, else as float32",
     )
     engine.add_argument(
         "--max-model-len",

@@ -1,8 +1,8 @@
 """Attention over the paged cache through the C kernel: the `attend` policy of a flattened batch on a CPU.
 
-One pass a layer writes the keys and values of the step's tokens into their slots and attends for all of them, whatever
-the mix of single tokens and chunks of prompts. kernels/attention.c says how, and why nobody's numbers depend on who
-else is in the batch.
+All layers in one call (layers.py) take `step` alone. Calling it is one layer: a pass that writes the keys and values of
+the step's tokens into their slots and attends for all of them, whatever the mix of single tokens and chunks of prompts.
+kernels/attention.c says how, and why nobody's numbers depend on who else is in the batch.
 """
 
 from __future__ import annotations

@@ -90,6 +90,15 @@ DIFFERENCES: tuple[Deliberate, ...] = (
         ours="Bad Request",
     ),
     Deliberate(
+        "completions/1025 stop tokens",
+        "status",
+        "more than 1,024 `stop_token_ids`, or entries of `logit_bias`",
+        "200",
+        "400",
+        "each is looked at for every token",
+        ours=400,
+    ),
+    Deliberate(
         "bodies/half a surrogate pair",
         "body.error.type",
         "half of a surrogate pair in a text",

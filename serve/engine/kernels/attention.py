@@ -1,4 +1,4 @@
-"""What heed_attend is told, field by field as attention.c has it, and its limits."""
+"""What attention is told, field by field as team.h has it, and its limits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Finds, chooses and loads the compiled kernels.
 
 setup.py compiles the C files of this folder once for each instruction set: `_portable`, `_avx2`, `_avx512`,
-`_avx512bf16`. The first of them, best first, that was built and that this processor can run is loaded, with ctypes:
-kernels take pointers, sizes and strides, and know neither Python nor torch.
+`_avx512bf16`. The best of them that was built and that this processor can run is loaded, with ctypes (on Intel's
+without tiles `_avx512` is better than `_avx512bf16`: lm/cpu.py). Kernels take pointers, sizes and strides, and know
+neither Python nor torch.
 
 To add a function: write it in a C file here (marked API, named heed_*), give its parameters in SIGNATURES, and call it
 as `kernels.call.heed_name(...)`; a pointer is `tensor.data_ptr()`. Functions return nothing. They check nothing: the

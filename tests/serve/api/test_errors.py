@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.api.errors import body, clean
+from serve.api import errors
 from serve.errors import GenerationFailed
 
 
@@ -237,15 +237,17 @@ def test_an_absurd_n_is_refused_at_once_and_nobody_else_notices(server) -> None:
 def test_a_text_too_long_by_its_characters_is_refused_unread(server) -> None:
     error = refused(server.post("/v1/completions", json={"prompt": "x" * 200_000}), 400, "BadRequestError")
     assert error["param"] == "input_text"
-    assert error["message"].startswith("This model's maximum context length is 256 tokens. However, your prompt contains")
+    assert error["message"].startswith(
+        "This model's maximum context length is 256 tokens. However, your prompt contains"
+    )
     cut = server.complete(prompt="x" * 200_000, truncate_prompt_tokens=5, max_tokens=1)
     assert cut["usage"]["prompt_tokens"] == 5
 
 
 def test_what_the_engine_says_of_itself_is_not_told() -> None:
     said = "<Thing object at 0x7f3a21> in /usr/lib/python3/site-packages/x.py failed; 3/4 of it and https://a.b/c stay"
-    assert clean(said) == "<Thing object> in <path> failed; 3/4 of it and https://a.b/c stay"
-    assert "0x7f3a21" not in body(GenerationFailed(said))["error"]["message"]
+    assert errors.clean(said) == "<Thing object> in <path> failed; 3/4 of it and https://a.b/c stay"
+    assert "0x7f3a21" not in errors.body(GenerationFailed(said))["error"]["message"]
 
 
 VALUES = (
