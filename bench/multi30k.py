@@ -6,7 +6,7 @@ DIR holds tok/*.lc.norm.tok.{en,de}.gz and raw/*.{en,de}.gz of the Multi30k data
 tokenised, lower-cased text. The length penalty is chosen on the validation set. BLEU is told twice: on the tokenised
 lower-cased reference, which published figures are on, and as sacreBLEU tells it on the raw text, case left out.
 A run that exists is continued or, if it is finished, used as it is. The table has a row for each model that has been
-trained: with `--only NAME` one is, and the others' rows are kept.
+trained: with `--only NAME` one is, and the rows of models that are not here stay as they were.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.record import WORK, save_table, timed, train_command
+from bench.record import RESULTS, WORK, machine, save_table, timed, train_command
 
 PENALTIES = (0.6, 1.0, 1.4)  # GNMT's alpha
 BEAM = 5
 COLUMNS = (
     *("model", "pair", "parameters", "BLEU, tokenised lower-cased", "sacreBLEU, raw text", "BLEU greedy", "goal"),
-    *("validation NLL", "alpha", "updates", "training minutes"),
+    *("validation NLL", "alpha", "updates", "training minutes", "seeds", "machine"),
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, the direction it is trained in, what is published for its kind on this set, and overrides."""
+    """A recipe, the direction it is trained in, what is published for its kind on this set, and overrides, which go
+    with a `variant` of the model's name.
+    """
 
     model: str
     recipe: str
@@ -40,15 +42,27 @@ class Case:
     target: str
     goal: str = "none"
     overrides: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return f"{Path(self.recipe).stem.removeprefix('translate-multi30k-')}-{self.source}-{self.target}"
+        parts = (Path(self.recipe).stem.removeprefix("translate-multi30k-"), self.source, self.target, self.variant)
+        return "-".join(part for part in parts if part)
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """The model and the pair, as the table has them."""
+        return ", ".join(part for part in (self.model, self.variant) if part), f"{self.source}->{self.target}"
 
 
 RECIPES = "configs/translate-multi30k-{}.yaml"
 CASES = (
     Case("Transformer", RECIPES.format("transformer"), "en", "de", "41.0"),
+    Case(
+        *("Transformer", RECIPES.format("transformer"), "en", "de", "41.0"),
+        overrides=("model.norm=pre", "optim.matrix_lr=0.01"),
+        variant="pre-norm",
+    ),
     Case("Transformer", RECIPES.format("transformer"), "de", "en", "36.5; 40"),
     Case("RNNsearch", RECIPES.format("rnnsearch"), "de", "en", "28.3; 34"),
     Case("RNNencdec", RECIPES.format("rnnencdec"), "de", "en", "below RNNsearch"),
@@ -149,8 +163,7 @@ def row(case: Case, seeds: range) -> dict[str, Any]:
         print(f"{case.name}, seed {seed}: {found}", flush=True)
         parameters = read_config(run_dir / "model").parameters()["total"]
     return {
-        "model": case.model,
-        "pair": f"{case.source}->{case.target}",
+        **dict(zip(("model", "pair"), case.shown, strict=True)),
         "parameters": parameters,
         "goal": case.goal,
         **samples,
@@ -161,18 +174,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each model (default 1)")
     parser.add_argument("--only", help="train the one case of this name, such as transformer-en-de")
+    parser.add_argument("--seed", type=int, default=1, help="the first of them (default 1)")
     options = parser.parse_args()
     data()
     names = [case.name for case in CASES]
     if options.only not in (None, *names):
         parser.error(f"--only is {options.only!r}; it must be one of {', '.join(names)}")
-    seeds = range(1, options.seeds + 1)
+    seeds = range(options.seed, options.seed + options.seeds)
+    table = RESULTS / "multi30k.json"
+    recorded = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {"rows": []}
+    kept = {(row["model"], row["pair"]): row for row in recorded["rows"]}
     rows = []
     for case in CASES:
         trained = all((WORK / "multi30k" / f"{case.name}-{seed}" / "model-last").is_dir() for seed in seeds)
         if options.only == case.name or options.only is None or trained:
-            rows.append(row(case, seeds))
+            rows.append(row(case, seeds) | {"seeds": list(seeds), "machine": machine()})
             print(rows[-1], flush=True)
+        elif case.shown in kept:
+            rows.append({"seeds": [1], "machine": recorded.get("machine")} | kept[case.shown])
     note = (
         f"Beam {BEAM}, length penalty {list(PENALTIES)} chosen on the validation set. sacreBLEU: "
         "nrefs:1, tok none, on the tokenised text; case:lc, tok:13a, on the raw text. Goals: the best published "
