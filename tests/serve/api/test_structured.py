@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from lm.tokenizer import Tokenizer
+from serve.api.grammars import KEPT, Grammars
 
 SCHEMA = {
     "type": "object",
@@ -195,3 +197,16 @@ def test_many_choices_are_one_automaton(server) -> None:
     choices = [f"option {i}" for i in range(5000)]
     choice = server.complete(**{**PROMPT, "structured_outputs": {"choice": choices}})["choices"][0]
     assert choice["text"] in choices
+
+
+def test_grammars_do_not_pile_up(tokenizer: Tokenizer) -> None:
+    async def kept() -> int:
+        grammars = Grammars(tokenizer, tokenizer.vocab_size, [])
+        try:
+            for i in range(KEPT + 5):
+                await grammars.grammar("regex", f"a{i}", {}, "regex")
+            return len(grammars._known)
+        finally:
+            await grammars.close()
+
+    assert asyncio.run(kept()) == KEPT
