@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import httpx
 
 from bench import serve_limit
-from bench.record import save_table
+from bench.record import ROOT, save_table
 from bench.serve_load import Cell, Generator
 from bench.serve_models import MODELS, Model
 from bench.serve_points import Points
@@ -134,7 +134,7 @@ def servers(model: Model, names: list[str], threads: int) -> Iterator[tuple[list
             try:
                 server = start(side, model, threads)
             except (DidNotStart, SystemExit) as error:  # or what it needs cannot be installed
-                absent.append(str(error).strip().splitlines()[-1])
+                absent.append(str(error).strip().splitlines()[-1].replace(f"{ROOT}/", ""))
                 print(error, flush=True)
                 continue
             server.pause()
