@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     root_path: str = ""
     uvicorn_log_level: str = "warning"
     disable_uvicorn_access_log: bool = False
+    disable_access_log_for_endpoints: tuple[str, ...] = ()
     disable_fastapi_docs: bool = False
     enable_tokenizer_info_endpoint: bool = False
     served_model_name: tuple[str, ...] = ()
@@ -89,6 +91,12 @@ def run(server: ServerConfig, engine: EngineConfig) -> int:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_Life(server, client, bound).live())
+
+
+def _path(line: logging.LogRecord) -> str:
+    """Of a line of uvicorn's, whose arguments are client, method, path with its query, version and status."""
+    arguments: Any = line.args
+    return str(arguments[2]).partition("?")[0]
 
 
 class _Life:
@@ -241,6 +249,8 @@ class _Life:
             timeout_graceful_shutdown=LEAVING,
             backlog=2048,
         )
+        quiet = {f"{root}{path}" for path in config.disable_access_log_for_endpoints for root in ("", config.root_path)}
+        logging.getLogger("uvicorn.access").addFilter(lambda line: _path(line) not in quiet)
         server = Server(settings)
         serving = asyncio.create_task(server.serve(sockets=[self._bound]))
         while not server.started and not serving.done():

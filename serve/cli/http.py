@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import _ArgumentGroup as Group
 
-from serve.cli.types import SWITCH, integer, seconds
+from serve.cli.types import SWITCH, integer, paths, seconds
 
 LEVELS = ["critical", "error", "warning", "info", "debug", "trace"]
 
@@ -61,6 +61,13 @@ def add(http: Group) -> None:
         "--uvicorn-log-level", choices=LEVELS, default="warning", help="from info on, each HTTP request is a line"
     )
     http.add_argument("--disable-uvicorn-access-log", action=SWITCH, default=False, help="but not with this")
+    http.add_argument(
+        "--disable-access-log-for-endpoints",
+        type=paths,
+        default=(),
+        metavar="PATHS",
+        help="nor for these: /health,/metrics",
+    )
     http.add_argument(
         "--enable-tokenizer-info-endpoint",
         action=SWITCH,

@@ -49,6 +49,15 @@ def seconds(text: str) -> float:
     return value
 
 
+def paths(text: str) -> tuple[str, ...]:
+    """An argparse type: paths with commas between them."""
+    given = tuple(path.strip() for path in text.split(",") if path.strip())
+    wrong = [path for path in given if not path.startswith("/")]
+    if wrong or not given:
+        raise argparse.ArgumentTypeError(f"{(wrong or [text])[0]!r} is no path, as /health")
+    return given
+
+
 def json_object(text: str) -> dict[str, Any]:
     """An argparse type: an object in JSON."""
     try:

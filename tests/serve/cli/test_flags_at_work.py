@@ -185,6 +185,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_tls_under_a_path_without_a_description(start, certificate: tuple[Path, Path]) -> None:
     flags = ["--ssl-certfile", str(certificate[0]), "--ssl-keyfile", str(certificate[1])]
     flags += ["--root-path", "/models", "--disable-fastapi-docs", "--uvicorn-log-level", "info"]
+    flags += ["--disable-access-log-for-endpoints", "/health,/metrics"]
     server = start(*flags)
     trusted = ssl.create_default_context(cafile=certificate[0])
     with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", verify=trusted) as client:
@@ -192,12 +193,18 @@ def test_tls_under_a_path_without_a_description(start, certificate: tuple[Path, 
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         for path in ("/docs", "/redoc", "/openapi.json"):
             assert client.get(path).status_code == 404
+        for path in ("/health", "/models/health", "/metrics?a=b"):
+            assert client.get(path).status_code == 200
         answer = client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).json()
     assert answer["system_fingerprint"].count("-") == 2
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://127.0.0.1:{server.port}/health")
     server.end()
-    assert '"POST /v1/completions HTTP/1.1" 200' in server.log.read_text()
+    log = server.log.read_text()
+    assert '"POST /v1/completions HTTP/1.1" 200' in log
+    assert '"GET /models/v1/models HTTP/1.1" 200' in log
+    assert "/health" not in log
+    assert "/metrics" not in log
 
 
 def test_a_client_has_to_show_a_certificate(start, certificate: tuple[Path, Path]) -> None:
