@@ -131,7 +131,7 @@ bench-checkpoint: $(STAMP) ## what a checkpoint a minute costs a model of 100M p
 bench-kill: $(STAMP) ## a run killed at 20 random moments, beside the one never killed
 	$(PY) -m bench.kill
 
-bench-sampling: $(STAMP) ## what mixed sampling costs beside all-greedy, a batch of 64
+bench-sampling: $(STAMP) ## what mixed sampling adds to a step beside all-greedy, a batch of 64
 	$(PY) -m bench.sampling
 
 bench-streams: $(STAMP) ## 500 streams at once for ten minutes: none lost, none wrong, memory flat (QUICK=1: one minute)

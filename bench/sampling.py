@@ -1,30 +1,30 @@
-"""What mixed sampling costs beside all-greedy: one step's worth of it, for a batch over a real vocabulary.
+"""What mixed sampling costs beside all-greedy: decoding steps of a batch of 64, SmolLM2-135M, the engine alone.
 
     make bench-sampling
 
-64 sequences of 500 tokens over 49,152 token ids; logits that are as peaked as a small language model's. Mixed are, one
-after the other: greedy, temperature with top-p, top-k, min-p, penalties, a bias, log-probabilities. Both take turns.
+64 sequences of 480 tokens of English, each from another place of the text, and 32 more each. Mixed are, in turn:
+greedy, temperature with top-p, top-k, min-p, penalties, a bias, log-probabilities. Both kinds of batch take turns in
+one engine; a sample is the median of a batch's steps: all that the engine does in one, sampling and text included.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 
 import torch
-from torch import Tensor
 
-from bench.record import save
+from bench.record import ROOT, save
+from bench.serve_models import smollm2
 from lm.params import SamplingParams
-from serve.engine import sampler
-from serve.engine.requests import Request
+from serve.engine.build import build
+from serve.engine.engine import Engine
+from serve.engine.messages import Add, EngineConfig
 
 BATCH = 64
-VOCABULARY = 49_152
-LENGTH = 500
-# Log-probabilities fall with the rank of a token as a power of it (Zipf), which puts an entropy of 3 nats on a step.
-EXPONENT = 1.6
+PROMPT, ANSWER = 480, 32  # tokens
 MIXED: tuple[dict, ...] = (
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.95},
@@ -35,64 +35,51 @@ MIXED: tuple[dict, ...] = (
     {"temperature": 0.0, "logit_bias": dict.fromkeys(range(0, 300, 3), 1.0)},
     {"temperature": 1.0, "logprobs": 5},
 )
+SIDES = {"mixed": MIXED, "greedy": MIXED[:1]}
 
 
-def requests(settings: tuple[dict, ...]) -> list[Request]:
-    """A batch with these settings in turn, in the middle of their answers."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for i in range(BATCH):
-        tokens = torch.randint(VOCABULARY, (LENGTH,), generator=generator).tolist()
-        params = SamplingParams(**settings[i % len(settings)], max_tokens=None)
-        request = Request(id=str(i), prompt=tokens[: LENGTH // 2], params=params)
-        request.draw = sampler.prepare(request, request.prompt, i, ())
-        request.output += tokens[LENGTH // 2 :]
-        made.append(request)
-    return made
+def prompts(engine: Engine) -> list[list[int]]:
+    """PROMPT tokens from as many places of the documentation as there are sequences."""
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    ids = engine.tokenizer.encode("\n".join(page.read_text(encoding="utf-8") for page in pages))
+    apart = (len(ids) - PROMPT) // BATCH
+    return [ids[i * apart : i * apart + PROMPT] for i in range(BATCH)]
 
 
-def logits() -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    ranked = -EXPONENT * torch.arange(1, VOCABULARY + 1).log()
-    return torch.stack([ranked[torch.randperm(VOCABULARY, generator=generator)] for _ in range(BATCH)])
-
-
-@torch.inference_mode()
-def step(batch: list[Request], given: Tensor) -> float:
-    """Milliseconds from logits to tokens, which are added to the outputs."""
-    copied = given.clone()
-    began = time.perf_counter()
-    drawn = sampler.draw(batch, [1] * len(batch), copied)
-    took = (time.perf_counter() - began) * 1e3
-    for request, (one,) in zip(batch, drawn, strict=True):
-        request.output.append(one.token)
-    return took
+def step(engine: Engine, texts: list[list[int]], settings: tuple[dict, ...], name: str) -> float:
+    """Milliseconds of a decoding step: the median over a batch's. Prompts are in the cache from the second batch on."""
+    for i, text in enumerate(texts):
+        params = SamplingParams(**settings[i % len(settings)], seed=i, max_tokens=ANSWER, ignore_eos=True)
+        engine.add(Add(f"{name}-{i}", text, params, time.monotonic()))
+    taken = []
+    while engine.has_work:
+        began = time.perf_counter()
+        outputs = engine.step().outputs
+        taken.append(((time.perf_counter() - began) * 1e3, len(outputs)))
+    return statistics.median(took for took, count in taken[-ANSWER + 2 :] if count == BATCH)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41, help="measurements of each (default 41)")
+    parser.add_argument("--rounds", type=int, default=7, help="batches of each kind (default 7)")
     options = parser.parse_args()
-    given = logits()
-    sides = {"mixed": requests(MIXED), "greedy": requests(MIXED[:1])}
-    for batch in sides.values():
-        step(batch, given)
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    engine, _ = build(EngineConfig(folder=str(smollm2().bfloat16), dtype="bfloat16", max_model_len=1024))
+    texts, number = prompts(engine), itertools.count()
+    for settings in SIDES.values():
+        step(engine, texts, settings, f"first-{next(number)}")
+    samples: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(options.rounds):
-        for name, batch in sides.items():
-            samples[name].append(step(batch, given))
-    more = [mixed - greedy for mixed, greedy in zip(samples["mixed"], samples["greedy"], strict=True)]
+        for name, settings in SIDES.items():
+            samples[name].append(step(engine, texts, settings, f"{name}-{next(number)}"))
     save(
         "sampling",
-        f"Sampling: a batch of {BATCH} over {VOCABULARY:,} tokens",
+        f"A decoding step of {BATCH} sequences with mixed sampling and all greedy, SmolLM2-135M bf16",
         "make bench-sampling",
         {name: {"samples": values, "unit": "ms a step"} for name, values in samples.items()},
         statistics.median(samples["mixed"]) / statistics.median(samples["greedy"]),
         statistic="median",
-        extra_ms=statistics.median(more),
         threads=torch.get_num_threads(),
     )
-    print(f"mixed costs {statistics.median(more):.2f} ms more (least {min(more):.2f})")
 
 
 if __name__ == "__main__":
