@@ -69,7 +69,7 @@ class TargetCache:
             keys, values = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
         shared = keys is self.keys
         cache = TargetCache(keys, values, ancestors, self.writer if shared else [None])
-        if shared:
+        if shared and self.writer[0] in (None, self.mark):  # else who may write has perhaps written already
             self.writer[0] = cache.mark
         return cache
 

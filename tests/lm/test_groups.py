@@ -50,6 +50,20 @@ def past(cache: TargetCache, span: int) -> list[list[float]]:
     return cells[lineage].view(-1, span).tolist()
 
 
+def test_what_is_selected_twice_is_written_apart() -> None:
+    empty = torch.zeros(1, 1, 1, 0, 1, 1)
+    root = TargetCache(empty, empty.clone()).select(torch.tensor([0, 0]), [0], 2)
+    write(root, 0, [1.0, 2.0])
+    first = root.select(torch.tensor([0, 1]), [0], 2)
+    write(first, 1, [3.0, 4.0])
+    second = root.select(torch.tensor([1, 0]), [0], 2)
+    write(second, 1, [5.0, 6.0])
+    write(root, 1, [7.0, 8.0])
+    assert past(first, 2) == [[1.0, 3.0], [2.0, 4.0]]
+    assert past(second, 2) == [[2.0, 5.0], [1.0, 6.0]]
+    assert past(root, 2) == [[1.0, 7.0], [2.0, 8.0]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), groups=st.integers(1, 3))
 def test_every_row_reads_its_own_past(data: st.DataObject, groups: int) -> None:
