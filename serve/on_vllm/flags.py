@@ -31,7 +31,7 @@ NATIVE = {
     "--client-timeout": "vLLM waits for ever; a router before it does not (nginx: client_body_timeout)",
     "--allowed-hosts": "vLLM looks at no Host header; a router before it does (nginx: server_name)",
     "--batch-invariant": "vLLM's way is the environment variable VLLM_BATCH_INVARIANT=1, on the GPUs it supports",
-    "--no-batch-invariant": "vLLM's way is the environment variable VLLM_BATCH_INVARIANT, which is off unless it is set",
+    "--no-batch-invariant": "vLLM's way is the environment variable VLLM_BATCH_INVARIANT, off unless it is set",
     "--no-disable-log-stats": "vLLM logs statistics unless --disable-log-stats is given",
 }
 
