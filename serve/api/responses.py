@@ -57,7 +57,7 @@ def install(app: FastAPI, service: Service) -> None:
         def shape(id: str, chat: ChatRequest, *given: Any, **settings: Any) -> ResponsesAnswer:
             return ResponsesAnswer(body, ChatAnswer(id, chat, *given, **settings), block, parsed=parsed)
 
-        chat = chat_of(body, service.model.max_model_len)
+        chat = chat_of(body)
         return await service.answer(chat, request, _validate, shape, named_events=True)
 
     @app.get("/v1/responses/{response_id}")

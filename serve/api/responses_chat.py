@@ -60,7 +60,7 @@ RENAMED = {
 }
 
 
-def chat_of(body: ResponsesRequest, max_model_len: int) -> ChatRequest:
+def chat_of(body: ResponsesRequest) -> ChatRequest:
     """The chat that answers it. Raises InvalidRequest, InvalidResponsesRequest or UnknownResponse."""
     _refuse(body)
     continues = _continues(body)
@@ -77,8 +77,7 @@ def chat_of(body: ResponsesRequest, max_model_len: int) -> ChatRequest:
         "continue_final_message": continues,
         "return_token_ids": body.enable_response_messages,
         "return_prompt_text": body.enable_response_messages,
-        # An answer of one token must still fit.
-        "truncate_prompt_tokens": None if body.truncation == "disabled" else max(1, max_model_len - 1),
+        "truncate_prompt_tokens": None if body.truncation == "disabled" else -1,
     }
     for name, value in (("tools", [body.tools, body.tool_choice]), ("text", fields["response_format"])):
         _check_sendable(value, name)

@@ -360,17 +360,17 @@ CONVERSATIONS: list[tuple[Any, list[dict[str, Any]]]] = [
 
 @pytest.mark.parametrize(("input", "messages"), CONVERSATIONS)
 def test_items_become_messages(input: Any, messages: list[dict[str, Any]]) -> None:
-    chat = chat_of(ResponsesRequest(input=input), 100)
+    chat = chat_of(ResponsesRequest(input=input))
     assert [message.model_dump(exclude_unset=True) for message in chat.messages] == messages
-    chat = chat_of(ResponsesRequest(input=input, instructions="Be brief."), 100)
+    chat = chat_of(ResponsesRequest(input=input, instructions="Be brief."))
     assert chat.messages[0].model_dump(exclude_unset=True) == {"role": "system", "content": "Be brief."}
 
 
 def test_an_unfinished_message_is_gone_on_with(server) -> None:
     begun = [{"role": "user", "content": SAID}, {**ANSWER, "status": "incomplete"}]
-    chat = chat_of(ResponsesRequest(input=begun), 100)
+    chat = chat_of(ResponsesRequest(input=begun))
     assert (chat.add_generation_prompt, chat.continue_final_message) == (False, True)
-    assert chat_of(ResponsesRequest(input=[*begun[:1], ANSWER]), 100).add_generation_prompt
+    assert chat_of(ResponsesRequest(input=[*begun[:1], ANSWER])).add_generation_prompt
     wanted = server.chat(
         messages=[{"role": "user", "content": SAID}, {"role": "assistant", "content": "a"}],
         add_generation_prompt=False,
@@ -393,7 +393,7 @@ def test_settings_reach_the_chat() -> None:
         max_output_tokens=7,
         parallel_tool_calls=False,
     )
-    chat = chat_of(asked, 100)
+    chat = chat_of(asked)
     assert chat.response_format is not None
     assert chat.response_format.model_dump(by_alias=True, exclude_unset=True) == {
         "type": "json_schema",
@@ -403,8 +403,8 @@ def test_settings_reach_the_chat() -> None:
     assert tool.model_dump(exclude_unset=True) == {"type": "function", "function": {"name": "f", "parameters": schema}}
     assert chat.tool_choice == {"type": "function", "function": {"name": "f"}}
     assert (chat.reasoning_effort, chat.max_tokens, chat.logprobs) == ("none", 7, False)
-    assert chat_of(ResponsesRequest(input="hi"), 100).tool_choice is None
-    asked = chat_of(ResponsesRequest(input="hi", text={"format": {"type": "json_object"}}), 9).response_format
+    assert chat_of(ResponsesRequest(input="hi")).tool_choice is None
+    asked = chat_of(ResponsesRequest(input="hi", text={"format": {"type": "json_object"}})).response_format
     assert asked is not None
     assert asked.type == "json_object"
 
