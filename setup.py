@@ -31,6 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     ]
     VARIANTS["avx512bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
+    VARIANTS["avx512fp16"] = [*VARIANTS["avx512"], "-mavx512fp16"]
 
 
 class BuildVariants(build_ext):

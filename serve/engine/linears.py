@@ -115,7 +115,8 @@ class FusedLinear:
         """As Fused."""
         told, dtype = Fused(weights, biases, norm, gated, out), weights[0].dtype
         is_bf16 = dtype is torch.bfloat16
-        self._weight = torch.empty(told.channels * -(-told.inputs // STEP) * STEP, dtype=dtype)
+        # A step more: a variant may keep a scale for each channel.
+        self._weight = torch.empty(told.channels * (-(-told.inputs // STEP) + 1) * STEP, dtype=dtype)
         for i, matrix in enumerate(told.matrices):
             kernels.call.heed_pack(
                 matrix.data_ptr(), *matrix.shape, is_bf16, self._weight.data_ptr(), i, len(told.matrices)

@@ -1,15 +1,15 @@
 """Finds, chooses and loads the compiled kernels.
 
 setup.py compiles the C files of this folder once for each instruction set: `_portable`, `_avx2`, `_avx512`,
-`_avx512bf16`. The best of them that was built and that this processor can run is loaded, with ctypes (on Intel's
-without tiles `_avx512` is better than `_avx512bf16`: lm/cpu.py). Kernels take pointers, sizes and strides, and know
-neither Python nor torch.
+`_avx512fp16`, `_avx512bf16`. The best of them that was built and that this processor can run is loaded, with ctypes (on
+Intel's `_avx512fp16`, and even `_avx512`, are better than `_avx512bf16`: lm/cpu.py). Kernels take pointers, sizes and
+strides, and know neither Python nor torch.
 
 To add a function: write it in a C file here (marked API, named heed_*), give its parameters in SIGNATURES, and call it
 as `kernels.call.heed_name(...)`; a pointer is `tensor.data_ptr()`. Functions return nothing. They check nothing: the
 Python that wraps them checks dtype, device, shape and strides, once where it can.
 
-HEED_KERNELS=off does without them, HEED_KERNELS=portable|avx2|avx512|avx512bf16 takes that variant or none.
+HEED_KERNELS=off does without them, HEED_KERNELS=portable|avx2|avx512|avx512fp16|avx512bf16 takes that variant or none.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 NEEDS: dict[str, frozenset[str]] = {
     "avx512bf16": AVX512 | {"avx512_bf16"},
+    "avx512fp16": AVX512 | {"avx512_fp16"},
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": frozenset(),
@@ -85,8 +86,9 @@ def current() -> Kernels | None:
 def best_first() -> list[str]:
     """The variants as `current` tries them."""
     order = list(NEEDS)
-    if pairs_are_slow():  # and weights that are widened as they are read are not
-        order[:2] = ["avx512", "avx512bf16"]
+    if pairs_are_slow():  # and halves are not, nor weights that are widened as they are read
+        order.remove("avx512bf16")
+        order.insert(order.index("avx2"), "avx512bf16")
     return order
 
 

@@ -4,6 +4,12 @@
 // A number of the answer is one chain of multiply-adds over the inputs, in order (of bf16 over pairs of them, where the
 // processor's own instruction adds a pair), so that a row has the same bits whoever shares the product.
 //
+// A processor that multiplies twice as many halves (IEEE's 16-bit floats) as floats does so with bf16 weights and rows.
+// A half has three bits more than a bf16 and fewer exponents: each output channel's weights and each row are scaled by a
+// power of two, which loses no bit but of numbers below 2^-15 of the largest weight, or 2^-22 of the row's largest
+// number. Even and odd inputs are two chains, and a chain is halves for RUN inputs at a time, whose sums are added as
+// floats: what that rounds away is less than the answer's own rounding to bf16.
+//
 // Decoding few rows reads each weight once and multiplies it a few times: memory is the limit, so the weights lie as
 // they are read, and each is read once, by all rows together, while those of the next tile are fetched. Layout: blocks of
 // WIDTH output channels; of each block, STEP inputs of every channel together, then the next STEP.
@@ -13,11 +19,18 @@
 #include "rows.h"
 #include "team.h"
 
+#if defined(__AVX512FP16__)
+#define HALVES 1   // bf16 is multiplied as halves
+#else
+#define HALVES 0
+#endif
 #if defined(__AVX512BF16__)
 #define PAIRS 1    // two bf16 inputs are multiplied and added by one instruction
 #else
 #define PAIRS 0    // a pair of bf16 weights is widened as it is read, and rows are floats
 #endif
+#define RUN 32     // steps that are summed as halves
+#define LARGEST 7  // a row's largest half is in [2^7, 2^8), so a run's sum is below 2^14, of 2^16 that a half can be
 #define ROWS 6     // a tile is up to ROWS rows x VECTORS blocks of sums in registers
 #if WIDTH == 16
 #define VECTORS 4
@@ -31,23 +44,64 @@ INLINE int64_t few_of(int is_bf16) { return is_bf16 && !PAIRS ? MOST / 2 : MOST;
 INLINE int64_t step_of(int is_bf16) { return is_bf16 ? 2 : 1; }
 INLINE int64_t steps_of(int64_t inputs, int is_bf16) { return (inputs + step_of(is_bf16) - 1) / step_of(is_bf16); }
 INLINE int64_t bytes_of_step(void) { return WIDTH * 4; }  // of one block: floats, or pairs of bf16
+INLINE int are_halves(int is_bf16) { return is_bf16 && HALVES; }
+INLINE int64_t bytes_of_head(int is_bf16) { return are_halves(is_bf16) ? WIDTH * 4 : 0; }  // of a block: channels' scales
+INLINE int64_t bytes_of_block(int64_t steps, int is_bf16) { return bytes_of_head(is_bf16) + steps * bytes_of_step(); }
 INLINE int rows_are_bf16(int is_bf16) { return is_bf16 && PAIRS; }
-INLINE int64_t bytes_of_numbers(int is_bf16) { return is_bf16 && !PAIRS ? 8 : 4; }  // a step of a row
+INLINE int64_t bytes_of_numbers(int is_bf16) { return is_bf16 && !PAIRS && !HALVES ? 8 : 4; }  // a step of a row
+
+// 2^power and its exponent, for numbers that are no NaN, inf, or nearly 0, which are not scaled far, or not at all
+INLINE float power_of_2(int power) {
+    const int32_t bits = (127 + power) << 23;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE int exponent_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int power = (bits >> 23 & 255) - 127;
+    return power == 128 || power < -100 ? 0 : power;
+}
+
+// One channel of a matrix: its numbers are step * WIDTH apart in a block.
+static void pack_channel(const void *row, int64_t inputs, int is_bf16, char *block, int64_t lane) {
+    const int64_t step = step_of(is_bf16);
+#if HALVES
+    if (is_bf16) {
+        float most = 0;
+        for (int64_t i = 0; i < inputs; i++) {
+            const float size = fabsf(from_bf16(((const bf16 *)row)[i]));
+            most = size > most ? size : most;
+        }
+        const int power = exponent_of(most);
+        ((float *)block)[lane] = power_of_2(power);
+        _Float16 *to = (_Float16 *)(block + bytes_of_head(1));
+        for (int64_t i = 0; i < inputs; i++)
+            to[(i / step * WIDTH + lane) * step + i % step] =
+                (_Float16)(from_bf16(((const bf16 *)row)[i]) * power_of_2(-power));
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < inputs; i++) {
+        const int64_t to = (i / step * WIDTH + lane) * step + i % step;
+        if (is_bf16) ((bf16 *)block)[to] = ((const bf16 *)row)[i];
+        else ((float *)block)[to] = ((const float *)row)[i];
+    }
+}
 
 // matrix [outputs, inputs] -> blocks `first`, `first + apart`, ... of packed
 API void heed_pack(const void *matrix, int64_t outputs, int64_t inputs, int64_t is_bf16, void *packed, int64_t first,
                    int64_t apart) {
-    const int64_t step = step_of(is_bf16 != 0), steps = steps_of(inputs, is_bf16 != 0);
+    const int64_t size = bytes_of_block(steps_of(inputs, is_bf16 != 0), is_bf16 != 0);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < (outputs + WIDTH - 1) / WIDTH; b++) {
-        char *block = (char *)packed + (first + b * apart) * steps * bytes_of_step();
-        memset(block, 0, steps * bytes_of_step());
-        for (int64_t i = 0; i < inputs; i++)
-            for (int64_t lane = 0; lane < smaller(WIDTH, outputs - b * WIDTH); lane++) {
-                const int64_t from = (b * WIDTH + lane) * inputs + i, to = (i / step * WIDTH + lane) * step + i % step;
-                if (is_bf16) ((bf16 *)block)[to] = ((const bf16 *)matrix)[from];
-                else ((float *)block)[to] = ((const float *)matrix)[from];
-            }
+        char *block = (char *)packed + (first + b * apart) * size;
+        memset(block, 0, size);
+        for (int64_t lane = 0; lane < smaller(WIDTH, outputs - b * WIDTH); lane++)
+            pack_channel((const char *)matrix + (b * WIDTH + lane) * inputs * (is_bf16 ? 2 : 4), inputs, is_bf16 != 0,
+                         block, lane);
     }
 }
 
@@ -64,21 +118,40 @@ struct FloatMap {  // serve/engine/linears.py has the same
     float eps;
 };
 
-// A row as it is multiplied: normed, in its type, with zeros up to a whole step.
-static void prepare_row(const FloatMap *map, const void *x, void *to, int64_t row, int is_bf16) {
+INLINE vf number_of_row(const FloatMap *map, const void *row, Moments m, int64_t at, int is_bf16) {
+    const int64_t n = map->inputs - at;
+    const vf value = load_some(row, at, n, is_bf16);
+    return map->norm_weight ? normed(value, m, map->norm_weight, map->norm_bias, at, n) : value;
+}
+
+// A row as it is multiplied: normed, in its type, with zeros up to a whole step. Behind all rows of halves are their
+// scales.
+static void prepare_row(const FloatMap *map, const void *x, void *to, int64_t row, int64_t rows, int is_bf16) {
     const int64_t inputs = map->inputs, padded = steps_of(inputs, is_bf16) * step_of(is_bf16);
     const int narrow = rows_are_bf16(is_bf16);
     const void *from = (const char *)x + row * inputs * (is_bf16 ? 2 : 4);
-    void *numbers = (char *)to + row * padded * (narrow ? 2 : 4);
     Moments m = {0, 1};
     if (map->norm_weight)
         m = map->centred ? moments(from, inputs, map->eps, 1, is_bf16) : moments(from, inputs, map->eps, 0, is_bf16);
-    for (int64_t i = 0; i < inputs; i += WIDTH) {
-        const int64_t n = inputs - i;
-        vf value = load_some(from, i, n, is_bf16);
-        if (map->norm_weight) value = normed(value, m, map->norm_weight, map->norm_bias, i, n);
-        store_some(numbers, i, n, value, narrow);
+#if HALVES
+    if (is_bf16) {
+        _Float16 *halves = (_Float16 *)to + row * padded;
+        vf most = splat(0);
+        for (int64_t i = 0; i < inputs; i += WIDTH) most = max_(abs_(number_of_row(map, from, m, i, 1)), most);
+        const int power = exponent_of(max_lanes(most)) - LARGEST;
+        ((float *)((_Float16 *)to + rows * padded))[row] = power_of_2(power);
+        for (int64_t i = 0; i < inputs; i += WIDTH) {
+            const __m512 scaled = (__m512)(number_of_row(map, from, m, i, 1) * power_of_2(-power));
+            const __m256i sixteen = _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
+            memcpy(halves + i, &sixteen, 2 * smaller(WIDTH, inputs - i));
+        }
+        memset(halves + inputs, 0, 2 * (padded - inputs));
+        return;
     }
+#endif
+    void *numbers = (char *)to + row * padded * (narrow ? 2 : 4);
+    for (int64_t i = 0; i < inputs; i += WIDTH)
+        store_some(numbers, i, inputs - i, number_of_row(map, from, m, i, is_bf16), narrow);
     for (int64_t i = inputs; i < padded; i++) write_any(numbers, i, 0, narrow);
 }
 
@@ -136,11 +209,68 @@ INLINE void sum_tile(const char *weight, const char *numbers, int64_t steps, int
         for (int v = 0; v < vectors; v++) sums[r * VECTORS + v] = acc[r][v];
 }
 
+#if HALVES
+// The same of halves. Lanes of even inputs and of odd ones lie beside one another until all is summed.
+INLINE void sum_tile_of_halves(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, vf *sums,
+                               const char *ahead, int64_t bytes) {
+    const int64_t apart = bytes_of_block(steps, 1);
+    __m512 low[MOST * VECTORS], high[MOST * VECTORS];  // channels 0 to 7, and 8 to 15, of each sum
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) low[r * VECTORS + v] = high[r * VECTORS + v] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < steps; first += RUN) {
+        const int64_t end = smaller(first + RUN, steps);
+        __m512h acc[MOST][VECTORS];
+#pragma GCC unroll 24
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[r][v] = _mm512_setzero_ph();
+        for (int64_t step = first; step < end; step++) {
+            for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(ahead + step * bytes + i, 0, 2);
+            __m512h w[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                w[v] = _mm512_castps_ph((__m512)weights_at(weight + v * apart + bytes_of_head(1), step, 0, 0));
+#pragma GCC unroll 24
+            for (int r = 0; r < rows; r++) {
+                const __m512h x = _mm512_castps_ph((__m512)numbers_at(numbers + r * steps * 4, step, 0, 0));
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) acc[r][v] = _mm512_fmadd_ph(w[v], x, acc[r][v]);
+            }
+        }
+#pragma GCC unroll 24
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                const __m512i run = _mm512_castph_si512(acc[r][v]);
+                const __m512 left = _mm512_cvtph_ps(_mm512_castsi512_si256(run));
+                const __m512 right = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(run, 1));
+                const int at = r * VECTORS + v;
+                low[at] = _mm512_add_ps(low[at], left);
+                high[at] = _mm512_add_ps(high[at], right);
+            }
+    }
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) {
+            const int at = r * VECTORS + v;
+            sums[at] = (vf)_mm512_add_ps(_mm512_permutex2var_ps(low[at], even, high[at]),
+                                         _mm512_permutex2var_ps(low[at], odd, high[at]));
+        }
+}
+#endif
+
 static void sum_any_tile(const char *weight, const char *numbers, int64_t steps, int rows, int vectors, int is_bf16,
                          vf *sums, const char *ahead, int64_t bytes) {
+#if HALVES
+#define SUM(W, N, S, R, V, B, ...) \
+    if (B) sum_tile_of_halves(W, N, S, R, V, __VA_ARGS__); else sum_tile(W, N, S, R, V, 0, __VA_ARGS__)
+#else
+#define SUM sum_tile
+#endif
 #define TILE(R, V, B)                                                       \
     case ((R) * 8 + (V)) * 2 + (B):                                         \
-        sum_tile(weight, numbers, steps, R, V, B, sums, ahead, bytes);      \
+        SUM(weight, numbers, steps, R, V, B, sums, ahead, bytes);           \
         return;
 #define TILES(V, B) TILE(1, V, B) TILE(2, V, B) TILE(3, V, B) TILE(4, V, B) TILE(5, V, B) TILE(6, V, B)
 #define MORE(V, B) TILE(7, V, B) TILE(8, V, B) TILE(9, V, B) TILE(10, V, B) TILE(11, V, B) TILE(12, V, B)
@@ -166,18 +296,20 @@ static void sum_any_tile(const char *weight, const char *numbers, int64_t steps,
 #undef MORE
 #undef TILES
 #undef TILE
+#undef SUM
 }
 
-// From the sums of one tile to the output: bias, silu(gate) * up, residual.
-static void finish_tile(const FloatMap *map, const vf *sums, const void *residual, void *out, int64_t row,
-                        int rows, int64_t block, int vectors) {
-    const int64_t outputs = map->outputs;
+// From the sums of one tile to the output: scales [rows] of halves, bias, silu(gate) * up, residual.
+static void finish_tile(const FloatMap *map, const vf *sums, const float *scales, const void *residual, void *out,
+                        int64_t row, int rows, int64_t block, int vectors) {
+    const int64_t outputs = map->outputs, size = bytes_of_block(steps_of(map->inputs, 1), 1);  // of halves
     for (int r = 0; r < rows; r++) {
         vf gate = splat(0);
         for (int v = 0; v < vectors; v++) {
             const int64_t b = block + v, place = map->gated ? b / 2 : b, up = map->gated && b % 2;
             const int64_t channel = place * WIDTH, n = outputs - channel, at = (row + r) * outputs + channel;
             vf y = sums[r * VECTORS + v];
+            if (scales) y = y * scales[row + r] * load((const float *)((const char *)map->weight + b * size));
             if (map->bias) y += load_some(map->bias, (up ? outputs : 0) + channel, n, 0);
             if (map->gated && !up) {
                 gate = silu(y);
@@ -192,10 +324,10 @@ static void finish_tile(const FloatMap *map, const vf *sums, const void *residua
 
 // Blocks [block, end) of few rows: a tile is all of them, beside as many blocks as leave them room in the registers.
 // What the next tile multiplies is fetched meanwhile.
-static void few_rows(const FloatMap *map, const char *numbers, const void *residual, void *out, int rows, int64_t block,
-                     int64_t end) {
+static void few_rows(const FloatMap *map, const char *numbers, const float *scales, const void *residual, void *out,
+                     int rows, int64_t block, int64_t end) {
     const int is_bf16 = map->is_bf16 != 0, room = MOST / rows >= VECTORS ? VECTORS : MOST / rows >= 2 ? 2 : 1;
-    const int64_t steps = steps_of(map->inputs, is_bf16), size = steps * bytes_of_step();
+    const int64_t steps = steps_of(map->inputs, is_bf16), size = bytes_of_block(steps, is_bf16);
     vf sums[MOST * VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
@@ -206,22 +338,22 @@ static void few_rows(const FloatMap *map, const char *numbers, const void *resid
                          now * bytes_of_step());
             v += now;
         }
-        finish_tile(map, sums, residual, out, 0, rows, block, vectors);
+        finish_tile(map, sums, scales, residual, out, 0, rows, block, vectors);
         block += vectors;
     }
 }
 
 // Blocks [block, end) of many rows. The weights of a few blocks stay in a near cache while the rows pass; while those
 // after the first few pass, which waited for the weights, the next few blocks are fetched.
-static void many_rows(const FloatMap *map, const char *numbers, const void *residual, void *out, int64_t rows,
-                      int64_t block, int64_t end) {
+static void many_rows(const FloatMap *map, const char *numbers, const float *scales, const void *residual, void *out,
+                      int64_t rows, int64_t block, int64_t end) {
     const int is_bf16 = map->is_bf16 != 0;
     const int64_t steps = steps_of(map->inputs, is_bf16), tiles = (rows + ROWS - 1) / ROWS;
     vf sums[MOST * VECTORS];
     while (block < end) {
         const int vectors = end - block >= VECTORS ? VECTORS : end - block >= 2 ? 2 : 1;
-        const char *weight = (const char *)map->weight + block * steps * bytes_of_step();
-        const int64_t size = vectors * steps * bytes_of_step();
+        const char *weight = (const char *)map->weight + block * bytes_of_block(steps, is_bf16);
+        const int64_t size = vectors * bytes_of_block(steps, is_bf16);
         const int64_t part = tiles > 1 && size <= NEAR ? (size + tiles - 2) / (tiles - 1) : 0;  // bytes a tile
         const int64_t bytes = (part + steps * LINE - 1) / (steps * LINE) * LINE;                 // and a step of it
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
@@ -230,7 +362,7 @@ static void many_rows(const FloatMap *map, const char *numbers, const void *resi
             const int fetching = tile > 0 && from < size && block + vectors < end;
             sum_any_tile(weight, numbers + row * steps * bytes_of_numbers(is_bf16), steps, count, vectors, is_bf16, sums,
                          weight + size + from, fetching ? bytes : 0);
-            finish_tile(map, sums, residual, out, row, count, block, vectors);
+            finish_tile(map, sums, scales, residual, out, row, count, block, vectors);
             row += count;
         }
         block += vectors;
@@ -246,16 +378,18 @@ void linear_by_team(const FloatMap *map, const void *x, const void *residual, vo
     if (!as_they_are) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
-            if (is_bf16) prepare_row(map, x, scratch, row, 1);
-            else prepare_row(map, x, scratch, row, 0);
+            if (is_bf16) prepare_row(map, x, scratch, row, rows, 1);
+            else prepare_row(map, x, scratch, row, rows, 0);
         }
     }
     // All rows are prepared here. Each thread has an even part of the blocks.
     const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t first = units * me / threads * unit, end = units * (me + 1) / threads * unit;
     const void *numbers = as_they_are ? x : scratch;
-    if (rows <= few_of(is_bf16)) few_rows(map, numbers, residual, out, (int)rows, first, end);
-    else many_rows(map, numbers, residual, out, rows, first, end);
+    const float *scales = NULL;
+    if (are_halves(is_bf16)) scales = (const float *)((const char *)scratch + rows * steps_of(map->inputs, 1) * 4);
+    if (rows <= few_of(is_bf16)) few_rows(map, numbers, scales, residual, out, (int)rows, first, end);
+    else many_rows(map, numbers, scales, residual, out, rows, first, end);
 }
 
 // x [rows, inputs] -> out [rows, outputs] (+ residual [rows, outputs]). scratch: rows * (inputs + 1) * 4 bytes.

@@ -21,7 +21,7 @@ def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_variant_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEED_KERNELS", "sse9")
     with pytest.raises(
-        ValueError, match=r"HEED_KERNELS is 'sse9'; it can be off, avx512bf16, avx512, avx2, portable\."
+        ValueError, match=r"HEED_KERNELS is 'sse9'; it can be off, avx512bf16, avx512fp16, avx512, avx2, portable\."
     ):
         kernels.current()
 
@@ -51,7 +51,7 @@ def test_a_processor_without_the_instructions_gets_a_lesser_variant(monkeypatch:
         library.load.cache_clear()
 
 
-@pytest.mark.parametrize(("slow", "first"), [(True, "avx512"), (False, "avx512bf16")])
+@pytest.mark.parametrize(("slow", "first"), [(True, "avx512fp16"), (False, "avx512bf16")])
 def test_pairs_of_bfloat16_are_multiplied_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, slow: bool, first: str
 ) -> None:
@@ -60,6 +60,7 @@ def test_pairs_of_bfloat16_are_multiplied_where_that_is_faster(
     assert order[0] == first
     assert sorted(order) == sorted(library.NEEDS)
     assert order[-2:] == ["avx2", "portable"]
+    assert not slow or order.index("avx512") < order.index("avx512bf16")
 
 
 @needs_kernels

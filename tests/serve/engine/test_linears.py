@@ -80,7 +80,35 @@ def test_maps_of_one_x_are_one_product(kernels: Kernels, dtype: torch.dtype, row
     )
     exact = FusedLinear(weights, biases, kernels, Scratch(), out=torch.float32)(x)
     assert exact.dtype is torch.float32
-    torch.testing.assert_close(exact.double(), expected, rtol=1e-5, atol=1e-4)
+    halves = kernels.variant == "avx512fp16" and dtype is torch.bfloat16  # sums are rounded to halves on the way
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-3 if halves else 1e-5, atol=2e-2 if halves else 1e-4)
+
+
+@kernels_and_dtypes
+@pytest.mark.parametrize("size", [2.0**-90, 2.0**-20, 1.0, 2.0**60])
+def test_numbers_of_any_size_are_multiplied(kernels: Kernels, dtype: torch.dtype, size: float) -> None:
+    weights, _, x, _ = some(dtype, 9, (19,), inputs=300)
+    weights[0][:7] *= 1e-4  # each channel has its own size, and each row
+    x[::2] *= 1e4
+    expected = right(x, weights, [torch.zeros(19)]) * size
+    for scaled, by in (((x * size).to(dtype), weights), (x, [(weights[0] * size).to(dtype)])):
+        found = FusedLinear(by, (), kernels, Scratch(), out=torch.float32)(scaled).double()
+        off = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert off.max() < 2e-3
+
+
+@kernels_and_dtypes
+def test_what_is_no_number_stays_in_its_row(kernels: Kernels, dtype: torch.dtype) -> None:
+    weights, biases, x, _ = some(dtype, 9, (19,))
+    linear = FusedLinear(weights, biases, kernels, Scratch())
+    whole = linear(x)
+    for bad in (float("nan"), float("inf")):
+        spoilt = x.clone()
+        spoilt[4, 3] = bad
+        found = linear(spoilt)
+        assert not found[4].isfinite().any()
+        assert torch.equal(found[:4], whole[:4])
+        assert torch.equal(found[5:], whole[5:])
 
 
 @kernels_and_dtypes
