@@ -50,7 +50,7 @@ INLINE int64_t bytes_of_block(int64_t steps, int is_bf16) { return bytes_of_head
 INLINE int rows_are_bf16(int is_bf16) { return is_bf16 && PAIRS; }
 INLINE int64_t bytes_of_numbers(int is_bf16) { return is_bf16 && !PAIRS && !HALVES ? 8 : 4; }  // a step of a row
 
-// 2^power and its exponent, for numbers that are no NaN, inf, or nearly 0, which are not scaled far, or not at all
+// 2^power, and the power to scale a number by: none for what is nearly 0, nearly inf, inf or NaN
 INLINE float power_of_2(int power) {
     const int32_t bits = (127 + power) << 23;
     float x;
@@ -62,7 +62,7 @@ INLINE int exponent_of(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof bits);
     const int power = (bits >> 23 & 255) - 127;
-    return power == 128 || power < -100 ? 0 : power;
+    return power > 126 || power < -100 ? 0 : power;  // 2^-127 would be 0
 }
 
 // One channel of a matrix: its numbers are step * WIDTH apart in a block.

@@ -98,6 +98,13 @@ def test_numbers_of_any_size_are_multiplied(kernels: Kernels, dtype: torch.dtype
 
 
 @kernels_and_dtypes
+def test_weights_near_the_largest_are_not_lost(kernels: Kernels, dtype: torch.dtype) -> None:
+    weights = [torch.full((3, 4), 2.0**127, dtype=dtype)]
+    found = FusedLinear(weights, (), kernels, Scratch(), out=torch.float32)(torch.ones(2, 4, dtype=dtype) / 8)
+    assert (found >= 2.0**126).all()  # inf where halves cannot hold it, and never 0
+
+
+@kernels_and_dtypes
 def test_what_is_no_number_stays_in_its_row(kernels: Kernels, dtype: torch.dtype) -> None:
     weights, biases, x, _ = some(dtype, 9, (19,))
     linear = FusedLinear(weights, biases, kernels, Scratch())
